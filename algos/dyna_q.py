@@ -1,0 +1,1061 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy>=2.0,<3",
+#     "gymnasium>=1.1,<2",
+#     "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3",
+#     "tqdm>=4.66,<5",
+#     "pillow>=11,<14",
+#     "matplotlib>=3.9,<4",
+#     "pygame-ce>=2.5,<3",
+# ]
+# ///
+"""Dyna-Q: learn from every step twice, once as it happens and n more times as it is remembered.
+
+A table Q(s, a) is learned by Q-learning, and a second table, the model, remembers what each action did. Between two
+real steps the agent replays n remembered actions through the same update. Real steps are dear and remembered ones
+are free, so the agent is near the shortest path after three episodes instead of twenty-five.
+
+Paper: R. S. Sutton, "Integrated architectures for learning, planning, and reacting based on approximating dynamic
+programming", ICML 1990. The text followed here, with its box, equation and figure numbers: R. S. Sutton and
+A. G. Barto, "Reinforcement Learning: An Introduction", 2nd edition, 2018, chapter 8.
+
+The algorithm (box "Tabular Dyna-Q", section 8.2; prioritised sweeping, section 8.4, replaces (3) and (5)):
+    (1) S ← the current, nonterminal state; A ← ε-greedy(S, Q), ties broken at random
+    (2) take A; observe R and S'
+    (3) learn:  Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
+    (4) model:  Model(S, A) ← R, S'
+    (5) plan, n times: S ← a state seen before, A ← an action taken there before, both at random;
+        R, S' ← Model(S, A); Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
+
+Symbols (book → this file):
+    Q(s, a) → Q[s][a]               n → planning_steps         α → alpha        Q₀ → initial_value
+    S, A, R, S' → s, a, r, s2       γ → gamma                  ε → epsilon      κ → bonus
+    Model(s, a) → Model             τ(s, a) → now − tried_at   θ → theta        P → priority
+
+Run (measured on 2 CPU cores; docs/dyna_q.md has 30 seeds of each):
+    python algos/dyna_q.py                            # the Dyna maze: 14 steps, the shortest path; 15 seconds
+    python algos/dyna_q.py maze --planning-steps 0    # the same without planning: plain Q-learning
+    python algos/dyna_q.py shortcut --bonus 0.001     # Dyna-Q+ finds the path that opens at step 3,000
+    python algos/dyna_q.py frozenlake                 # a stochastic task, planned with expected updates
+    python algos/dyna_q.py --env-id FrozenLake-v1 --model sample
+
+Deviations from the book:
+  - A terminated transition leads to one extra state whose row of Q stays 0: the value of a terminal state without a
+    special case, also where Q₀ is not 0. A truncated one (a time limit) leads where it led, and is bootstrapped.
+  - Stochastic tasks: the book's box assumes a deterministic world. `--model sample` and `--model expectation` keep
+    counts of what followed (s, a), and plan with a draw from them or with their mean (section 8.5).
+  - Prioritised sweeping with counts uses the expected update for the priority too; with a deterministic model that
+    is the book's box to the letter.
+"""
+
+import heapq
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGORITHM = "dyna_q"
+
+
+@dataclass
+class Args:
+    env_id: str = "DynaMaze-v0"
+    """Any Gymnasium environment with Discrete observations and actions; `module:Env-v0` imports the module first."""
+    maze_scale: int = 1
+    """Cut each cell of this file's own mazes into scale × scale smaller ones (the grid resolution of Example 8.4)."""
+    total_timesteps: int = 3_000
+    """Real environment steps in all."""
+    planner: Literal["dyna", "prioritized"] = "dyna"
+    """How planning chooses what to update: at random as Dyna-Q does, or by prioritised sweeping (section 8.4)."""
+    planning_steps: int = 50
+    """n: planning updates after each real step; 0 is plain Q-learning."""
+    model: Literal["deterministic", "sample", "expectation"] = "deterministic"
+    """What Model(s, a) holds: the last outcome, or counts of all of them, planned with by a draw or by their mean."""
+    bonus: float = 0.0
+    """κ of Dyna-Q+: planning adds κ √τ to the reward of what was not tried for τ steps, and may try the untried."""
+    theta: float = 1e-4
+    """θ of prioritised sweeping: a smaller expected change is not queued."""
+    alpha: float = 0.1
+    """α: the step size, in learning and in planning."""
+    gamma: float = 0.95
+    """γ: the discount."""
+    epsilon: float = 0.1
+    """ε: the share of random actions while learning."""
+    initial_value: float = 0.0
+    """Q₀: the value of every action at the start; above what can be earned it makes the agent explore."""
+    replay_size: int = 1_000
+    """How many of the latest real transitions are kept to measure the model on; learning does not use them."""
+    seed: int = 1
+    """Fixes Python, NumPy, torch and the environment: the same seed on one CPU gives the same run."""
+    device: str = "auto"
+    """auto, cpu or cuda[:index]. This file's tables are Python lists, fastest on the CPU, and stay there."""
+    compile: bool = False
+    """torch.compile for the hot path. This file has no tensor code to compile: the flag changes nothing here."""
+    log_every: int = 100
+    """Write losses, model errors and timings every this many steps (returns are written at each episode's end)."""
+    eval_every: int = 500
+    """Play the greedy policy in an environment of its own every this many steps; 0: only at the end."""
+    eval_episodes: int = 1
+    """Episodes for each of those evaluations."""
+    eval_max_steps: int = 1_000
+    """Cut an evaluation episode here: a greedy policy that has learned nothing may walk in circles for ever."""
+    picture_every: int = 20
+    """Draw the value map at the end of an episode when this many steps have passed, 20 times at most and at the end;
+    0: no picture."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation as a GIF in the run folder."""
+    run_dir: Optional[str] = None
+    """Where to write; by default runs/<env>__<algorithm>__<seed>__<time>."""
+    checkpoint_every: int = 10_000
+    """Save a checkpoint every this many steps, at the end of the episode; 0: only at the end of the run."""
+    resume: Optional[str] = None
+    """Go on with the run in this folder, with its settings; --total-timesteps may be raised."""
+    evaluate: Optional[str] = None
+    """Do not train: play the policy saved in this run folder."""
+    episodes: int = 10
+    """Episodes to play with --evaluate."""
+    progress: bool = True
+    """Show a progress bar (never when the output is no terminal)."""
+
+
+PRESETS = {
+    "maze": (
+        "Example 8.1, the Dyna maze: Figure 8.2, the fewer episodes the more planning",
+        Args(),
+    ),
+    "blocking": (
+        "Example 8.2: the short way closes at step 1,000; compare --bonus 0",
+        Args(env_id="BlockingMaze-v0", total_timesteps=3_000, bonus=1e-3, alpha=1.0, picture_every=100),
+    ),
+    "shortcut": (
+        "Example 8.3: a shorter way opens at step 3,000; compare --bonus 0",
+        Args(env_id="ShortcutMaze-v0", total_timesteps=6_000, bonus=1e-3, alpha=1.0, picture_every=250),
+    ),
+    "frozenlake": (
+        "FrozenLake 8×8, slippery: a stochastic model with expected updates",
+        Args(
+            env_id="FrozenLake8x8-v1", total_timesteps=40_000, model="expectation", alpha=0.02, gamma=0.99,
+            initial_value=1.0, eval_every=4_000, eval_episodes=100, picture_every=2_000,
+        ),
+    ),
+    "taxi": (
+        "Taxi: 500 states, a reward for the right passenger at the right door",
+        Args(
+            env_id="Taxi-v4", total_timesteps=30_000, gamma=0.99, alpha=0.5,
+            eval_every=2_000, eval_episodes=100, picture_every=2_000,
+        ),
+    ),
+    "cliff": (
+        "CliffWalking: the short way along the edge",
+        Args(env_id="CliffWalking-v1", total_timesteps=5_000, gamma=1.0, alpha=0.5, picture_every=250),
+    ),
+}
+
+
+# ── The algorithm ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+Table = list[list[float]]  # Q[s][a]; the last row belongs to the terminal state and stays 0
+Outcome = tuple[float, float, int]  # what followed (s, a): probability, reward, next state
+
+
+class Model:
+    """Model(s, a): a table of what each action did in each state."""
+
+    def __init__(self, states: int, actions: int, kind: str, try_untried: bool):
+        self.kind, self.try_untried = kind, try_untried
+        self.counts = [[{} for _ in range(actions)] for _ in range(states)]  # N(s, a; r, s')
+        # An untried action is believed to lead back to its state with reward 0 (Dyna-Q+, footnote of section 8.3).
+        self.outcomes = [[[(1.0, 0.0, s)]] * actions for s in range(states)]
+        self.tried_at = [[0] * actions for _ in range(states)]  # the step of the last real try: τ = now − tried_at
+        self.states: list[int] = []  # the states seen, and below the actions that planning may choose there
+        self.actions: list[list[int]] = [[] for _ in range(states)]
+        self.predecessors = [{} for _ in range(states + 1)]  # the pairs predicted to lead to s (a set that keeps order)
+
+    def learn(self, s: int, a: int, r: float, s2: int, now: int) -> None:
+        if not self.actions[s]:
+            self.states.append(s)
+            if self.try_untried:
+                self.actions[s] = list(range(len(self.counts[s])))
+        if a not in self.actions[s]:
+            self.actions[s].append(a)
+        self.tried_at[s][a] = now
+        counts = self.counts[s][a]
+        if self.kind == "deterministic":  # the world may have changed: what happened last is what happens
+            for _, old in counts:
+                self.predecessors[old].pop((s, a), None)
+            counts.clear()
+        counts[r, s2] = counts.get((r, s2), 0) + 1
+        total = sum(counts.values())
+        self.outcomes[s][a] = [(count / total, *outcome) for outcome, count in counts.items()]
+        self.predecessors[s2][s, a] = None
+
+    def draw(self, s: int, a: int) -> Outcome:
+        """One outcome, as often as it was seen."""
+        u = random.random()
+        for outcome in self.outcomes[s][a]:
+            u -= outcome[0]
+            if u < 0:
+                break
+        return outcome
+
+    def most_likely(self, s: int, a: int) -> Outcome:
+        return max(self.outcomes[s][a], key=lambda outcome: outcome[0])
+
+
+def expected_target(Q: Table, outcomes: list[Outcome], gamma: float) -> float:
+    # The expected update's target, section 8.5: Σ_{s',r} p̂(s', r | s, a) [r + γ max_a' Q(s', a')]
+    target = 0.0
+    for p, r, s2 in outcomes:
+        target += p * (r + gamma * max(Q[s2]))
+    return target
+
+
+def epsilon_greedy(values: list[float], epsilon: float) -> int:
+    if random.random() < epsilon:
+        return random.randrange(len(values))
+    best = max(values)
+    return random.choice([a for a, value in enumerate(values) if value == best])
+
+
+def greedy(values: list[float]) -> int:
+    """The policy that is evaluated: no exploration, no dice."""
+    return values.index(max(values))
+
+
+def td_error(Q: Table, s: int, a: int, r: float, s2: int, gamma: float) -> float:
+    # δ = R + γ max_a Q(S', a) − Q(S, A)
+    return r + gamma * max(Q[s2]) - Q[s][a]
+
+
+def plan(Q: Table, model: Model, n: int, alpha: float, gamma: float, bonus: float, now: int) -> int:
+    """Step (5), Dyna's planning: n updates of pairs from memory. Returns the number of updates.
+
+    The updates are one after the other, each on the values the last one left, as in the book: a batch of n would be
+    another algorithm. Plain lists are the fastest store for that (benchmarks/speed.py).
+    """
+    rand, expected, stochastic = random.random, model.kind == "expectation", model.kind == "sample"
+    for s in random.choices(model.states, k=n):  # S ← a state seen before, all as likely ...
+        actions = model.actions[s]
+        a = actions[int(rand() * len(actions))]  # ... and then A ← one of its actions: not uniform over the pairs
+        if expected:
+            target = expected_target(Q, model.outcomes[s][a], gamma)
+        else:
+            _, r, s2 = model.draw(s, a) if stochastic else model.outcomes[s][a][0]
+            target = r + gamma * max(Q[s2])
+        if bonus:  # Dyna-Q+, section 8.3: R + κ √τ, in planning alone
+            target += bonus * math.sqrt(now - model.tried_at[s][a])
+        values = Q[s]
+        values[a] += alpha * (target - values[a])
+    return n
+
+
+class PriorityQueue:
+    """Pairs by priority, the largest first. A pair stands in it once, with the largest priority it was given."""
+
+    def __init__(self):
+        self.heap: list[tuple[float, int, int]] = []
+        self.priority: dict[tuple[int, int], float] = {}
+
+    def __len__(self) -> int:
+        return len(self.priority)
+
+    def push(self, priority: float, s: int, a: int) -> None:
+        if priority > self.priority.get((s, a), 0.0):
+            self.priority[s, a] = priority
+            heapq.heappush(self.heap, (-priority, s, a))
+
+    def pop(self) -> tuple[int, int]:
+        while True:
+            negative, s, a = heapq.heappop(self.heap)
+            if self.priority.get((s, a)) == -negative:  # else a larger priority has overtaken this entry
+                del self.priority[s, a]
+                return s, a
+
+
+def prioritized_sweeping(
+    Q: Table, model: Model, queue: PriorityQueue, s: int, a: int, n: int, alpha: float, gamma: float, theta: float
+) -> int:
+    """Steps (3) and (5) of prioritised sweeping, steps (e) to (g) of its box. Returns the number of updates."""
+
+    def priority(s, a):  # P ← |R + γ max_a Q(S', a) − Q(S, A)|
+        return abs(expected_target(Q, model.outcomes[s][a], gamma) - Q[s][a])
+
+    if (p := priority(s, a)) > theta:
+        queue.push(p, s, a)
+    for update in range(n):
+        if not queue:
+            return update
+        s, a = queue.pop()
+        Q[s][a] += alpha * (expected_target(Q, model.outcomes[s][a], gamma) - Q[s][a])
+        for s_before, a_before in model.predecessors[s]:  # the value of s moved: so may theirs
+            if (p := priority(s_before, a_before)) > theta:
+                queue.push(p, s_before, a_before)
+    return n
+
+
+# ── What the model believes: measured, and drawn ──────────────────────────────────────────────────────────────────
+
+
+def open_loop_error(model: Model, sequences: "Transitions") -> float:
+    """Start where real sequences [B, T] start, take their actions in the model: the share that ends up elsewhere."""
+    terminal, wrong = len(model.counts), 0
+    ends = torch.where(sequences.terminated[:, -1], terminal, sequences.next_obs[:, -1]).tolist()
+    for s, actions, end in zip(sequences.obs[:, 0].tolist(), sequences.action.tolist(), ends, strict=True):
+        for a in actions:
+            if s != terminal:
+                s = model.most_likely(s, a)[2]
+        wrong += s != end
+    return wrong / len(ends)
+
+
+def grid_of(env: gym.Env) -> Optional[np.ndarray]:
+    """The letters of a grid task's cells, one a state: S start, G goal, # wall, H hole or cliff. Else None."""
+    task = env.unwrapped
+    if hasattr(task, "_cliff"):
+        grid = np.where(task._cliff, "H", ".")
+        grid.flat[[task.start_state_index, -1]] = "S", "G"
+        return grid
+    grid = np.asarray(getattr(task, "desc", "")).astype(str)
+    return grid if grid.size == env.observation_space.n else None
+
+
+def action_directions(model: Model, columns: int) -> np.ndarray:
+    """Where each action leads on the grid, by the model's own experience: right, left, down, up, or nowhere."""
+    directions = np.zeros((len(model.counts[0]), 2))  # (right, down)
+    for s in model.states:
+        for a in model.actions[s]:
+            for p, _, s2 in model.outcomes[s][a]:
+                right, down = s2 % columns - s % columns, s2 // columns - s // columns
+                if s2 < len(model.counts) and abs(right) + abs(down) == 1:
+                    directions[a] += p * right, p * down
+    along = np.abs(directions) == np.abs(directions).max(1, keepdims=True)  # a slippery move leans to all sides
+    return np.sign(directions) * along
+
+
+def imagined_path(Q: Table, model: Model, s: int) -> list[int]:
+    """Follow the greedy action through the model's most likely outcomes until the end, or a circle."""
+    path = []
+    while s < len(model.counts) and s not in path:
+        path.append(s)
+        s = model.most_likely(s, greedy(Q[s]))[2]
+    return path
+
+
+def draw_values(Q: Table, model: Model, grid: Optional[np.ndarray], start: int, title: str) -> np.ndarray:
+    """The picture: colour is V(s) = max_a Q(s, a), arrows the greedy actions, the line the path the model imagines."""
+    values = np.array(Q[:-1])
+    figure = Figure(figsize=(6, 3.8), dpi=80)
+    axes = figure.add_axes((0.1, 0.14, 0.76, 0.76) if grid is None else (0.02, 0.04, 0.86, 0.86), title=title)
+    if grid is None:  # no grid to draw: all of Q, a row for each action, states left to right
+        shown = axes.imshow(values.T, aspect="auto", interpolation="nearest", cmap="viridis")
+        axes.set(xlabel="state", ylabel="action")
+    else:
+        rows, columns = grid.shape
+        unseen, walls = np.ones(grid.size, dtype=bool), np.ma.masked_where(grid != "#", np.ones(grid.shape))
+        unseen[model.states] = False
+        best = np.ma.masked_where(unseen, values.max(1)).reshape(rows, columns)
+        shown = axes.imshow(best, cmap="YlGn", vmin=min(0.0, best.min()), vmax=max(best.max(), 1e-3), aspect="auto")
+        axes.imshow(walls, cmap="gray", vmin=0, vmax=4, aspect="auto")
+        directions = action_directions(model, columns)
+        learned = [s for s in model.states if max(Q[s]) > min(Q[s]) and grid.flat[s] != "#"]
+        if learned:
+            right, down = directions[[greedy(Q[s]) for s in learned]].T
+            x, y = np.array(learned) % columns, np.array(learned) // columns
+            axes.quiver(x, y, right, -down, pivot="mid", scale=columns * 1.6, width=0.006, color="0.3")
+        path = imagined_path(Q, model, start)
+        points = [(s % columns, s // columns) for s in path]
+        if model.most_likely(path[-1], greedy(Q[path[-1]]))[2] == len(model.counts):  # it arrives: draw the last step
+            points.append(points[-1] + directions[greedy(Q[path[-1]])])
+        axes.plot(*np.array(points, dtype=float).T, color="tab:red", linewidth=3, alpha=0.6)
+        for row, column in np.argwhere(np.isin(grid, ["S", "G", "H"])):
+            axes.text(column, row, grid[row, column], ha="center", va="center", fontsize=14, weight="bold")
+        axes.set(xticks=[], yticks=[], xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    figure.colorbar(shown, cax=figure.add_axes((0.9, 0.14, 0.02, 0.76)))
+    return figure_to_array(figure)
+
+
+# ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_settings(args: Args) -> None:
+    """Every wrong setting that can be seen before training starts, as one sentence."""
+    check_run_settings(args)
+    for name in ("planning_steps", "bonus", "theta"):
+        if getattr(args, name) < 0:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it can't be below 0")
+    if not 0 < args.alpha <= 1 or not 0 <= args.gamma <= 1 or not 0 <= args.epsilon <= 1:
+        stop("--alpha must lie in (0, 1], --gamma and --epsilon in [0, 1]")
+    if args.maze_scale < 1 or args.replay_size < 1 or args.log_every < 1 or args.picture_every < 0:
+        stop("--maze-scale, --replay-size and --log-every must be at least 1, --picture-every at least 0")
+    if args.maze_scale > 1 and args.env_id not in MAZES:
+        stop(f"--maze-scale is for this file's own mazes ({', '.join(MAZES)}), not for {args.env_id}")
+    if args.planner == "prioritized":
+        if args.planning_steps == 0:
+            stop("--planner prioritized learns by planning alone: --planning-steps must be at least 1")
+        if args.model == "sample":
+            stop("--planner prioritized needs a priority that is no matter of luck: use --model expectation")
+        if args.bonus:
+            stop("--bonus grows with every step, so that no priority would stay true: use --planner dyna")
+
+
+def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[Any], int]:
+    """The deterministic policy of a checkpoint, for --evaluate."""
+    Q = checkpoint["learned"]["Q"].tolist()
+    return lambda s: greedy(Q[s])
+
+
+def train(args: Args) -> Path:
+    pick_device(args.device)
+    env, eval_env = make_task(args), make_task(args, render=args.capture_video)
+    run_dir, checkpoint = open_run(args)
+    seed_everything(args.seed)
+
+    terminal, actions = int(env.observation_space.n), int(env.action_space.n)
+    Q = [[args.initial_value] * actions for _ in range(terminal)] + [[0.0] * actions]
+    model = Model(terminal, actions, args.model, try_untried=args.bonus > 0)
+    queue = PriorityQueue()
+    replay = ReplayBuffer(args.replay_size, env.observation_space, env.action_space)
+    step, updates = 0, 0
+    if checkpoint:
+        step, updates = checkpoint["step"], checkpoint["updates"]
+        Q = checkpoint["learned"]["Q"].tolist()
+        vars(model).update(checkpoint["model"])
+        vars(queue).update(checkpoint["queue"])
+        replay.load_state_dict(checkpoint["replay"])
+        set_env_state(env, checkpoint["env"])
+        set_random_states(checkpoint["random"])
+    log = RunLog(args, run_dir, checkpoint)
+
+    def save() -> None:
+        save_checkpoint(
+            run_dir, step=step, updates=updates, learned={"Q": torch.tensor(Q, dtype=torch.float64)}, model=vars(model),
+            queue=vars(queue), replay=replay.state_dict(), env=env_state(env), log=log.state_dict(),
+        )  # fmt: skip
+
+    def test(episodes: int) -> None:
+        set_env_state(eval_env, env_state(env))  # a maze that has changed has changed there too
+        log.evaluation(step, lambda s: greedy(Q[s]), eval_env, episodes)
+
+    def draw() -> None:
+        title = f"{args.env_id}, n = {args.planning_steps}: step {step:,}"
+        log.picture(step, draw_values(Q, model, grid_of(env), start, title))
+
+    start, _ = env.reset(seed=None if checkpoint else args.seed)
+    s, episode_return, episode_length = int(start), 0.0, 0
+    with StopSignal() as asked:
+        while step < args.total_timesteps:
+            # (1) S ← the current, nonterminal state; A ← ε-greedy(S, Q)
+            a = epsilon_greedy(Q[s], args.epsilon)
+            log.lap("policy")
+
+            # (2) take A; observe R and S'
+            obs, r, terminated, truncated, _ = env.step(a)
+            step, r, over = step + 1, float(r), terminated or truncated
+            s2 = terminal if terminated else int(obs)
+            replay.add(s, a, r, obs, terminated, truncated)
+            log.lap("env")
+
+            # (3) learn: Q(S, A) ← Q(S, A) + α δ
+            delta = td_error(Q, s, a, r, s2, args.gamma)
+            if args.planner == "dyna":
+                Q[s][a] += args.alpha * delta
+            log.mean("losses/td_error", abs(delta))
+            log.lap("policy")
+
+            # (4) model: Model(S, A) ← R, S', after a look at what it would have said
+            expected_this = model.counts[s][a] and model.most_likely(s, a)[1:] == (r, s2)
+            log.mean("model/heldout_error", not expected_this)
+            model.learn(s, a, r, s2, now=step)
+            log.lap("model")
+
+            # (5) plan, n times
+            n, α, γ = args.planning_steps, args.alpha, args.gamma
+            if args.planner == "dyna":
+                updates += plan(Q, model, n, α, γ, args.bonus, now=step)
+            else:
+                updates += prioritized_sweeping(Q, model, queue, s, a, n, α, γ, args.theta)
+            log.lap("plan")
+
+            s, episode_return, episode_length = s2, episode_return + r, episode_length + 1
+            log.bar.update()
+            if step % args.log_every == 0:
+                for horizon in (1, 5, 20):
+                    if sequences := replay.sample(32, length=horizon):
+                        log.mean(f"model/open_loop_error_{horizon}", open_loop_error(model, sequences))
+                log.mean("model/tried_pairs", sum(bool(counts) for row in model.counts for counts in row))
+                log.mean("charts/planning_updates", updates)
+                log.flush(step)
+            if args.eval_every and step % args.eval_every == 0:
+                test(args.eval_episodes)
+            if over:
+                log.episode(step, episode_return, episode_length)
+                if log.due("picture", args.picture_every, step, at_most=20):
+                    draw()
+                if log.due("checkpoint", args.checkpoint_every, step):
+                    save()
+            if asked.to_stop(over):
+                break
+            if over:
+                start, _ = env.reset()
+                s, episode_return, episode_length = int(start), 0.0, 0
+        save()
+    if asked.signal:
+        log.stopped(step, asked.signal)
+    test(max(args.episodes, args.eval_episodes))
+    if args.picture_every:
+        draw()
+    log.finish(step)
+    return run_dir
+
+
+# ── Plumbing: nothing below is particular to the algorithm ────────────────────────────────────────────────────────
+
+# The mazes of Examples 8.1 to 8.3. A second map is how the maze looks after `change_at` steps of its life.
+DYNA = """
+.......#G
+..#....#.
+S.#....#.
+..#......
+.....#...
+.........
+"""
+WALL = """
+........G
+.........
+.........
+{}
+.........
+...S.....
+"""
+MAZES = {
+    "DynaMaze-v0": {"maps": [DYNA]},
+    "BlockingMaze-v0": {"maps": [WALL.format("########."), WALL.format(".########")], "change_at": 1_000},
+    "ShortcutMaze-v0": {"maps": [WALL.format(".########"), WALL.format(".#######.")], "change_at": 3_000},
+}
+
+
+class Maze(gym.Env):
+    """Walk from S to G through a grid; reward 1 at G. Up, down, left, right; a move into a wall stays where it is."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, maps: list[str], change_at: int = 0, scale: int = 1, render_mode: Optional[str] = None):
+        grids = [np.array([list(row) for row in text.split()]) for text in maps]
+        self.grids = [np.kron(grid == "#", np.ones((scale, scale))).astype(bool) for grid in grids]  # True: a wall
+        self.goal = np.flatnonzero(np.kron(grids[0] == "G", np.ones((scale, scale))))
+        self.start = int(np.flatnonzero(np.kron(grids[0] == "S", np.ones((scale, scale))))[0])
+        self.change_at, self.clock, self.render_mode = change_at, 0, render_mode
+        self.observation_space = gym.spaces.Discrete(self.grids[0].size)
+        self.action_space = gym.spaces.Discrete(4)
+        self.next_states = [self._moves(grid) for grid in self.grids]
+
+    @staticmethod
+    def _moves(walls: np.ndarray) -> list[list[int]]:
+        """next_states[s][a]"""
+        rows, columns = walls.shape
+        moves = []
+        for row, column in np.ndindex(rows, columns):
+            moves.append([])
+            for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                i, j = row + down, column + right
+                free = 0 <= i < rows and 0 <= j < columns and not walls[i, j]
+                moves[-1].append(i * columns + j if free else row * columns + column)
+        return moves
+
+    @property
+    def layout(self) -> int:
+        return int(self.change_at > 0 and self.clock >= self.change_at)
+
+    @property
+    def desc(self) -> np.ndarray:
+        letters = np.where(self.grids[self.layout], "#", ".")
+        letters.flat[self.start] = "S"
+        letters.flat[self.goal] = "G"
+        return letters
+
+    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
+        super().reset(seed=seed)
+        self.state = self.start
+        return self.state, {}
+
+    def step(self, action: int):
+        self.clock += 1
+        self.state = self.next_states[self.layout][self.state][action]
+        won = self.state in self.goal
+        return self.state, float(won), won, False, {}
+
+    def state_dict(self) -> dict:  # what lasts from one episode to the next
+        return {"clock": self.clock}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.clock = state["clock"]
+
+    def render(self) -> np.ndarray:
+        colours = {".": (240, 240, 240), "#": (70, 70, 70), "S": (200, 220, 255), "G": (120, 200, 120)}
+        picture = np.array([[colours[letter] for letter in row] for row in self.desc], dtype=np.uint8)
+        picture.reshape(-1, 3)[self.state] = (220, 60, 60)
+        return picture.repeat(24, axis=0).repeat(24, axis=1)
+
+
+for env_id, kwargs in MAZES.items():
+    if env_id not in gym.registry:
+        gym.register(env_id, entry_point=Maze, kwargs=kwargs)
+
+
+def make_task(args: Args, render: bool = False) -> gym.Env:
+    """The environment, checked to be one that a table fits."""
+    extra = {"scale": args.maze_scale} if args.env_id in MAZES else {}
+    env = make_env(args.env_id, render, **extra)
+    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        if not isinstance(space, gym.spaces.Discrete):
+            stop(f"a table needs Discrete {name}, and those of {args.env_id} are {space}")
+    if env.observation_space.n * env.action_space.n > 10_000_000:
+        stop(f"{args.env_id} has {env.observation_space.n:,} states: too many for a table")
+    if first := env.observation_space.start:
+        env = gym.wrappers.TransformObservation(env, lambda s: s - first, gym.spaces.Discrete(env.observation_space.n))
+    if lowest := env.action_space.start:
+        env = gym.wrappers.TransformAction(env, lambda a: a + lowest, gym.spaces.Discrete(env.action_space.n))
+    return env
+
+
+def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True, **kwargs)
+        if render:  # a missing drawing package shows here, not after an hour of training
+            env.reset()
+            env.render()
+    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+        stop(f"{env_id} needs a package that is not installed: {error}")
+    except gym.error.Error as error:
+        stop(f"no environment {env_id!r}: {error}")
+    return env
+
+
+def env_state(env: gym.Env) -> dict:
+    """What an environment carries from one episode to the next: its generators, and what it says itself."""
+    own = env.unwrapped.state_dict() if hasattr(env.unwrapped, "state_dict") else None
+    generators = [x.np_random.bit_generator.state for x in (env.unwrapped, env.action_space)]
+    return {"generators": generators, "own": own}
+
+
+def set_env_state(env: gym.Env, state: dict) -> None:
+    for x, generator in zip((env.unwrapped, env.action_space), state["generators"], strict=True):
+        x.np_random.bit_generator.state = generator
+    if state["own"] is not None:
+        env.unwrapped.load_state_dict(state["own"])
+
+
+class Transitions(NamedTuple):
+    """Columns of one length: [B, ...], or [B, T, ...] for sequences."""
+
+    obs: Any
+    action: Any
+    reward: Any
+    next_obs: Any
+    terminated: Any
+    truncated: Any
+
+
+class ReplayBuffer:
+    """The latest `capacity` transitions, in arrays made once. The end of an episode is in the row where it ended."""
+
+    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, device: str = "cpu"):
+        def column(shape: tuple, dtype: Any) -> np.ndarray:
+            return np.zeros((capacity, *shape), np.float32 if dtype == np.float64 else dtype)
+
+        self.data = Transitions(
+            obs=column(observation_space.shape, observation_space.dtype),
+            action=column(action_space.shape, action_space.dtype),
+            reward=column((), np.float32),
+            next_obs=column(observation_space.shape, observation_space.dtype),
+            terminated=column((), bool),
+            truncated=column((), bool),
+        )
+        self.capacity, self.size, self.pointer, self.device = capacity, 0, 0, device
+
+    def add(self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool) -> None:
+        for column, value in zip(self.data, (obs, action, reward, next_obs, terminated, truncated), strict=True):
+            column[self.pointer] = value
+        self.pointer = (self.pointer + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+
+    def rows(self, index: np.ndarray) -> Transitions:
+        return Transitions(*(torch.from_numpy(column[index]).to(self.device) for column in self.data))
+
+    def sample(self, batch_size: int, length: Optional[int] = None) -> Optional[Transitions]:
+        """Rows at random [B, ...]; with `length`, sequences [B, T, ...] that stay inside one episode, or None."""
+        if length is None:
+            return self.rows(np.random.randint(self.size, size=batch_size))
+        oldest_first = (np.arange(self.size) + self.pointer - self.size) % self.capacity
+        ends = np.cumsum(self.data.terminated[oldest_first] | self.data.truncated[oldest_first])
+        ends_before = np.concatenate([[0], ends])  # ends_before[i]: episode ends in the rows older than i
+        first = np.arange(max(self.size - length + 1, 0))
+        first = first[ends_before[first + length - 1] == ends_before[first]]  # none but the last row may end one
+        if len(first) == 0:
+            return None
+        return self.rows(oldest_first[np.random.choice(first, batch_size)[:, None] + np.arange(length)])
+
+    def state_dict(self) -> dict:
+        columns = [torch.from_numpy(column[: self.size]) for column in self.data]
+        return {"columns": columns, "size": self.size, "pointer": self.pointer}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.size, self.pointer = state["size"], state["pointer"]
+        for column, saved in zip(self.data, state["columns"], strict=True):
+            column[: self.size] = saved.numpy()
+        if self.size and not self.data.terminated[self.pointer - 1]:  # a run cut inside an episode starts a new one:
+            self.data.truncated[self.pointer - 1] = True  # the seam is an end, and not a terminal one
+
+
+def evaluate(
+    policy: Callable[[Any], Any], env: gym.Env, episodes: int, seed: int, max_steps: int, frames: Optional[list] = None
+) -> tuple[list[float], list[int]]:
+    """Returns and lengths of whole episodes. The same seed gives the same episodes, and training's dice stay as they
+    were. `frames` collects the pictures of the first episode."""
+    before = random_states()
+    seed_everything(seed + 10_000)
+    returns, lengths = [], []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + 10_000 + episode)
+        returns.append(0.0)
+        lengths.append(0)
+        over = False
+        while not over and lengths[-1] < max_steps:
+            if frames is not None and episode == 0:
+                frames.append(env.render())
+            obs, reward, terminated, truncated, _ = env.step(policy(obs))
+            returns[-1] += float(reward)
+            lengths[-1] += 1
+            over = terminated or truncated
+        if frames is not None and episode == 0:
+            frames.append(env.render())
+    set_random_states(before)
+    return returns, lengths
+
+
+def play(args: Any) -> tuple[list[float], list[int]]:
+    """--evaluate: load a checkpoint, play, print the scores."""
+    run_dir, checkpoint = Path(args.evaluate), load_checkpoint(Path(args.evaluate))
+    env = make_task(args, render=args.capture_video)
+    set_env_state(env, checkpoint["env"])
+    frames = [] if args.capture_video else None
+    policy = load_policy(args, env, checkpoint)
+    returns, lengths = evaluate(policy, env, args.episodes, args.seed, args.eval_max_steps, frames)
+    print(f"{ALGORITHM} on {args.env_id}, trained for {checkpoint['step']:,} steps: {score_line(returns, lengths)}")
+    if frames:
+        save_gif(frames, run_dir / "videos" / "evaluation.gif")
+        print(f"video:   {run_dir / 'videos' / 'evaluation.gif'}")
+    return returns, lengths
+
+
+def score_line(returns: list[float], lengths: list[int]) -> str:
+    return (
+        f"return {np.mean(returns):.2f} (min {min(returns):.2f}, max {max(returns):.2f}), "
+        f"length {np.mean(lengths):.1f}, over {len(returns)} episodes of the deterministic policy"
+    )
+
+
+def figure_to_array(figure: Figure) -> np.ndarray:
+    """[H, W, 3] uint8"""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_gif(frames: list[np.ndarray], path: Path, fps: float = 10) -> None:
+    # Pillow, for torch's add_video writes nothing, silently, where moviepy 2 is installed.
+    path.parent.mkdir(exist_ok=True)
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+
+
+class RunLog:
+    """One run's TensorBoard events, pictures and progress bar."""
+
+    def __init__(self, args: Any, run_dir: Path, checkpoint: Optional[dict]):
+        self.args, self.run_dir = args, run_dir
+        step = checkpoint["step"] if checkpoint else 0
+        # A run killed after its last checkpoint takes those steps again: purge_step hides the first taking.
+        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if checkpoint else None)
+        self.sums, self.numbers, self.last = {}, {}, {}
+        if checkpoint:
+            vars(self).update(checkpoint["log"])
+        else:
+            rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|{rows}")
+        hidden = None if args.progress else True  # None: hidden where the output is no terminal
+        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=hidden, unit=" steps", dynamic_ncols=True)
+        self.start_clock(step)
+
+    def state_dict(self) -> dict:
+        return {"sums": {k: float(v) for k, v in self.sums.items()}, "numbers": self.numbers, "last": self.last}
+
+    def start_clock(self, step: int) -> None:
+        """Speed and shares of the time count from here: call it again at the end of a warm-up."""
+        self.first_step, self.spent = step, defaultdict(float)
+        self.began = self.last_lap = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap, or since the last writing, went into `name`."""
+        now = time.perf_counter()
+        self.spent[name] += now - self.last_lap
+        self.last_lap = now
+
+    def due(self, what: str, every: int, step: int, at_most: float = math.inf) -> bool:
+        """Has it been `every` steps since the last time? Never where `every` is 0."""
+        times, last = self.last.get(what, (0, 0))
+        if every == 0 or step - last < every or times >= at_most:
+            return False
+        self.last[what] = (times + 1, step)
+        return True
+
+    def mean(self, tag: str, value: Any) -> None:
+        """Collect until the flush writes the mean; a tensor stays on its device until then."""
+        self.sums[tag] = self.sums.get(tag, 0.0) + value
+        self.numbers[tag] = self.numbers.get(tag, 0) + 1
+
+    def flush(self, step: int) -> None:
+        seconds = time.perf_counter() - self.began
+        shares = {f"time/{name}": spent / seconds for name, spent in self.spent.items()}
+        means = {tag: float(total) / self.numbers[tag] for tag, total in self.sums.items()}
+        self.scalars(step, {**means, **shares, "charts/SPS": (step - self.first_step) / seconds})
+        self.sums, self.numbers = {}, {}
+
+    def scalars(self, step: int, values: dict) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, float(value), step)
+        self.last_lap = time.perf_counter()
+
+    def episode(self, step: int, episode_return: float, length: int) -> None:
+        self.scalars(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
+        self.bar.set_postfix_str(f"return {episode_return:.4g}", refresh=False)
+
+    def evaluation(self, step: int, policy: Callable[[Any], Any], env: gym.Env, episodes: int) -> None:
+        frames = [] if self.args.capture_video else None
+        self.scores = evaluate(policy, env, episodes, self.args.seed, self.args.eval_max_steps, frames)
+        returns, lengths = self.scores
+        self.scalars(step, {"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)})
+        if frames:
+            save_gif(frames, self.run_dir / "videos" / f"step_{step:08d}.gif")
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """To TensorBoard, to the frames of picture.gif, and as the latest picture.png."""
+        self.writer.add_image("model/picture", image, step, dataformats="HWC")
+        for path in (self.run_dir / "frames" / f"step_{step:08d}.png", self.run_dir / "picture.png"):
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        self.last_lap = time.perf_counter()
+
+    def finish(self, step: int) -> None:
+        self.bar.close()
+        self.writer.close()
+        print(f"{ALGORITHM} on {self.args.env_id}, {step:,} steps: {score_line(*self.scores)}")
+        if frames := sorted((self.run_dir / "frames").glob("*.png")):
+            save_gif([np.asarray(Image.open(frame)) for frame in frames], self.run_dir / "picture.gif", fps=4)
+            print(f"picture: {self.run_dir / 'picture.png'}, and picture.gif beside it")
+        if self.args.capture_video:
+            print(f"videos:  {self.run_dir / 'videos'}")
+        print(f"curves:  tensorboard --logdir {self.run_dir}")
+
+    def stopped(self, step: int, number: int) -> None:
+        self.bar.close()
+        self.writer.close()
+        print(f"stopped at step {step:,}; to go on: python {sys.argv[0]} --resume {self.run_dir}")
+        raise SystemExit(128 + number)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM end the run at the end of the episode, so that it can go on to the same bit; an episode that
+    outlasts `patience` seconds is cut. A second signal ends the program at once: the last checkpoint stays whole."""
+
+    def __init__(self, patience: float = 10.0):
+        self.patience, self.signal, self.deadline = patience, 0, math.inf
+
+    def __enter__(self) -> "StopSignal":
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        self.signal, self.deadline = number, time.monotonic() + self.patience
+        self.__exit__()
+
+    def to_stop(self, episode_over: bool) -> bool:
+        return self.signal != 0 and (episode_over or time.monotonic() > self.deadline)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def open_run(args: Any) -> tuple[Path, Optional[dict]]:
+    """The run folder, and with --resume its checkpoint. Nothing that is there already is overwritten."""
+    if args.resume:
+        run_dir, checkpoint = Path(args.resume), load_checkpoint(Path(args.resume))
+    else:
+        env_name = args.env_id.replace("/", "-").replace(":", "-")
+        name = f"{env_name}__{ALGORITHM}__{args.seed}__{int(time.time())}"
+        run_dir, checkpoint = Path(args.run_dir or Path("runs") / name), None
+        while args.run_dir is None and run_dir.exists():  # two runs of one second
+            run_dir = run_dir.with_name(run_dir.name + "x")
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            stop(f"{run_dir} is not empty: name another --run-dir, or go on with --resume {run_dir}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+    (run_dir / "args.tmp").write_text(settings + "\n")
+    os.replace(run_dir / "args.tmp", run_dir / "args.json")
+    return run_dir, checkpoint
+
+
+def save_checkpoint(run_dir: Path, **state: Any) -> None:
+    """Written beside the old one, then renamed: a kill at any moment leaves a whole checkpoint."""
+    path = run_dir / "checkpoint.pt"
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save({"algorithm": ALGORITHM, "random": random_states(), **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    path = run_dir / "checkpoint.pt"
+    if not path.is_file():
+        stop(f"{run_dir} holds no checkpoint.pt: it is no run folder, or its run ended before the first checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no foreign code
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        stop(f"{path} is damaged or cut short: it can't be read")
+    if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != ALGORITHM:
+        stop(f"{path} is no checkpoint of {ALGORITHM}")
+    return checkpoint
+
+
+def random_states() -> dict:
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda
+    }  # fmt: skip
+
+
+def set_random_states(states: dict) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # CUDA too
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        stop(f"--device {name} is not to be had here: use auto, cpu or cuda[:index]")
+    print(f"device: {device}")
+    return device
+
+
+def stop(message: str) -> None:
+    """A user's mistake: one sentence, exit code 2, no traceback."""
+    print(f"{ALGORITHM}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_run_settings(args: Any) -> None:
+    for name in ("total_timesteps", "eval_episodes", "eval_max_steps", "episodes"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    for name in ("eval_every", "checkpoint_every", "seed"):
+        if getattr(args, name) < 0:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it can't be below 0")
+
+
+def read_settings(run_dir: Path) -> Any:
+    """The settings a run was started with."""
+    try:
+        settings = json.loads((run_dir / "args.json").read_text())
+    except (OSError, ValueError):
+        stop(f"{run_dir} is no run folder: it holds no args.json that can be read")
+    if settings.pop("algorithm", None) != ALGORITHM:
+        stop(f"{run_dir} is a run of another algorithm, not of {ALGORITHM}")
+    if unknown := set(settings) ^ {field.name for field in fields(Args)}:
+        stop(f"{run_dir} was written by another version of this file: {', '.join(sorted(unknown))} differ")
+    return Args(**{**settings, "resume": None, "evaluate": None})
+
+
+def command_line(argv: Optional[list[str]], presets: dict) -> Any:
+    """The preset is a subcommand, the first one the default; any flag, before or after it, overrides it."""
+    descriptions = {name: description for name, (description, _) in presets.items()}
+    defaults = {name: settings for name, (_, settings) in presets.items()}
+    return tyro.cli(
+        tyro.extras.subcommand_type_from_defaults(defaults, descriptions, prefix_names=False, sort_subcommands=False),
+        default=next(iter(defaults.values())),
+        args=argv,
+        description=(__doc__ or "").split("\n\n")[0],
+        config=(tyro.conf.CascadeSubcommandArgs,),
+    )
+
+
+MAY_CHANGE = {  # when a run goes on: nothing that the learning depends on
+    "resume", "evaluate", "episodes", "total_timesteps", "device", "compile", "progress", "capture_video",
+    "log_every", "eval_every", "eval_episodes", "eval_max_steps", "picture_every", "checkpoint_every",
+}  # fmt: skip
+
+
+def parse_args(argv: Optional[list[str]] = None) -> Any:
+    args = command_line(argv, PRESETS)
+    folder = args.resume or args.evaluate
+    if folder is None:
+        return args
+    # Go on with the run's own settings: they become the defaults, and what the user typed stands above them.
+    saved = read_settings(Path(folder))
+    args = command_line(argv, {name: (text, saved) for name, (text, _) in PRESETS.items()})
+    for name, value in asdict(saved).items():
+        free = name in MAY_CHANGE or (name == "seed" and args.evaluate)  # a new seed to evaluate: other episodes
+        if getattr(args, name) != value and not free:
+            stop(f"{folder} was started with --{name.replace('_', '-')} {value}, and that can't change now")
+    return args
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    args = parse_args(argv)
+    check_settings(args)
+    if args.evaluate:
+        play(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
