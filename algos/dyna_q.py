@@ -430,6 +430,7 @@ def train(args: Args) -> Path:
     env, eval_env = make_task(args), make_task(args, render=args.capture_video)
     run_dir, checkpoint = open_run(args)
     seed_everything(args.seed)
+    env.action_space.seed(args.seed)
 
     terminal, actions = int(env.observation_space.n), int(env.action_space.n)
     Q = [[args.initial_value] * actions for _ in range(terminal)] + [[0.0] * actions]
@@ -640,11 +641,14 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
 
 
 def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
+    if render:
+        kwargs["render_mode"] = "rgb_array"
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True, **kwargs)
-        if render:  # a missing drawing package shows here, not after an hour of training
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if render:  # what can't be drawn shows here, not after an hour of training
             env.reset()
-            env.render()
+            if not isinstance(env.render(), np.ndarray):
+                stop(f"{env_id} draws no rgb_array: leave out --capture-video")
     except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         stop(f"{env_id} needs a package that is not installed: {error}")
     except gym.error.Error as error:
@@ -1015,7 +1019,7 @@ def read_settings(run_dir: Path) -> Any:
 
 
 def command_line(argv: Optional[list[str]], presets: dict) -> Any:
-    """The preset is a subcommand, the first one the default; any flag, before or after it, overrides it."""
+    """The preset is a subcommand, and the first one the default; flags after it override its settings."""
     descriptions = {name: description for name, (description, _) in presets.items()}
     defaults = {name: settings for name, (_, settings) in presets.items()}
     return tyro.cli(

@@ -156,7 +156,7 @@ def changing_maze(name: str, preset: str, title: str, change_at: int, seeds: int
         rows += [[label, i, *pair] for i, row in enumerate(rewards, 1) for pair in zip(grid, row, strict=True)]
     plot(name, lines, "time step", "cumulative reward", f"{title}, {seeds} seeds")
     write(name, ["variant", "seed", "step", "cumulative_reward"], rows)
-    print(f"\n| | reward by step {change_at:,} | by step {end:,} | median length of a run's last 20 episodes |\n|-|-|-|-|")
+    print(f"\n| | reward by step {change_at:,} | by step {end:,} | median length of the last 20 episodes |\n|-|-|-|-|")
     for label, (_, mean, half) in lines.items():
         at = int(np.searchsorted(grid, change_at))
         print(f"| {label} | {mean[at]:.1f} ± {half[at]:.1f} | {mean[-1]:.1f} ± {half[-1]:.1f} "
@@ -189,10 +189,10 @@ def updates_until_shortest(job: tuple[str, int, float, int], limit: int = 60_000
         else:
             updates += dyna_q.prioritized_sweeping(Q, model, queue, s, a, 5, alpha, 0.95, 1e-4)
         walker = start
-        for _ in range(14 * scale):  # the shortest path has 14 cells, each `scale` long
+        for _ in range(13 * scale + 1):  # the shortest: 13 cells to cross, and one step into any part of the goal's
             walker = moves[walker][dyna_q.greedy(Q[walker])]
-        if walker in goal:
-            return updates
+            if walker in goal:
+                return updates
         s = env.reset()[0] if terminated else s2
     return np.inf
 
@@ -243,9 +243,8 @@ def frozenlake(seeds: int, workers: int) -> None:
          f"FrozenLake 8×8, slippery, {seeds} seeds", xscale="log")  # fmt: skip
     write("frozenlake", ["variant", "seed", "step", "share_of_optimum"], rows)
     print(f"\nv*(start) = {best:.4f}; shares of it:\n")
-    print(
-        "| | at 20,000 steps | at 40,000 | at 400,000 | seeds within 2 % at the end | mean first within 2 % |\n|-|-|-|-|-|-|"
-    )
+    print("| | at 20,000 steps | at 40,000 | at 400,000 | seeds within 2 % at the end | mean first within 2 % |")
+    print("|-|-|-|-|-|-|")
     for label, (steps, mean, half) in lines.items():
         cells = [f"{mean[steps.index(t)]:.3f} ± {half[steps.index(t)]:.3f}" if t in steps else "" for t in
                  (20_000, 40_000, 400_000)]  # fmt: skip

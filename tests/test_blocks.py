@@ -1,0 +1,222 @@
+"""The blocks that every script carries a copy of, tested once: tests/house.py keeps the copies equal."""
+
+import random
+
+import gymnasium as gym
+import helpers
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+block = helpers.module("dyna_q")
+BOX = gym.spaces.Box(-1, 1, (3,), np.float64)
+TWO = gym.spaces.Discrete(2)
+
+
+def filled(capacity, episodes):
+    """A buffer that was given episodes of these lengths; obs counts the steps of all of them."""
+    buffer, now, rows = block.ReplayBuffer(capacity, gym.spaces.Discrete(10_000), TWO), 0, []
+    for number, length in enumerate(episodes):
+        for i in range(length):
+            last = i == length - 1
+            row = (now, now % 2, float(number), now + 1, last and number % 2 == 0, last and number % 2 == 1)
+            buffer.add(*row)
+            rows.append(row)
+            now += 1
+        now += 1  # the first state of an episode is not the last one of the one before
+    return buffer, rows[-capacity:]
+
+
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+@given(capacity=st.integers(1, 30), episodes=lengths)
+def test_replay_keeps_the_latest_rows(capacity, episodes):
+    buffer, rows = filled(capacity, episodes)
+    assert buffer.size == len(rows)
+    stored = list(zip(*(column[: buffer.size].tolist() for column in buffer.data), strict=True))
+    assert sorted(stored) == sorted(rows)
+
+
+@given(capacity=st.integers(1, 30), episodes=lengths, length=st.integers(1, 6))
+def test_sequences_stay_inside_an_episode(capacity, episodes, length):
+    buffer, rows = filled(capacity, episodes)
+    starts = {i for i in range(len(rows) - length + 1) if not any(x[4] or x[5] for x in rows[i : i + length - 1])}
+    batch = buffer.sample(200, length=length)
+    if not starts:
+        assert batch is None
+        return
+    assert batch.obs.shape == batch.reward.shape == (200, length)
+    for obs, next_obs in zip(batch.obs.tolist(), batch.next_obs.tolist(), strict=True):
+        assert next_obs == [x + 1 for x in obs]
+        assert obs[1:] == next_obs[:-1]  # no step from one episode to the next
+    assert {obs[0] for obs in batch.obs.tolist()} <= {rows[i][0] for i in starts}
+
+
+def test_sequences_start_everywhere_they_may():
+    buffer, rows = filled(20, [3, 7, 5, 9, 2])
+    starts = {rows[i][0] for i in range(len(rows) - 2) if not any(x[4] or x[5] for x in rows[i : i + 2])}
+    assert set(buffer.sample(2_000, length=3).obs[:, 0].tolist()) == starts
+
+
+def test_rows_are_sampled_uniformly():
+    buffer, rows = filled(50, [7] * 9)
+    counts = np.bincount(buffer.sample(50_000).obs, minlength=200)
+    counts = counts[[row[0] for row in rows]]
+    assert counts.sum() == 50_000
+    assert ((counts - 1_000) ** 2 / 1_000).sum() < 100  # χ² with 49 degrees of freedom: p < 1e-4
+
+
+def test_replay_holds_vectors_and_images():
+    image = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    buffer = block.ReplayBuffer(5, image, BOX)
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    buffer.add(picture, np.array([0.1, 0.2, 0.3]), 1.5, picture + 1, False, True)
+    batch = buffer.sample(2)
+    assert batch.obs.dtype == torch.uint8 and batch.obs.shape == (2, 4, 4, 3)
+    assert torch.equal(batch.next_obs[0], torch.from_numpy(picture + 1))
+    assert batch.action.dtype == torch.float32 and batch.reward.tolist() == [1.5, 1.5]
+    assert batch.truncated.tolist() == [True, True] and batch.terminated.tolist() == [False, False]
+
+
+def test_replay_comes_back_and_marks_a_seam():
+    buffer, _ = filled(20, [3, 7, 5])
+    copy = block.ReplayBuffer(20, gym.spaces.Discrete(10_000), TWO)
+    copy.load_state_dict(buffer.state_dict())
+    assert helpers.differences(copy.state_dict(), buffer.state_dict()) == []
+    buffer.add(99, 0, 0.0, 100, False, False)  # cut inside an episode
+    copy.load_state_dict(buffer.state_dict())
+    assert copy.data.truncated[copy.pointer - 1] and not copy.data.terminated[copy.pointer - 1]
+
+
+def test_no_stored_transition_crosses_an_episodes_end(tmp_path):
+    """In a real run: the rows in time order, each the maze's own move, joined except where an episode ended."""
+    run_dir = helpers.run("dyna_q", "maze --total-timesteps 1500 --picture-every 0 --replay-size 5000", tmp_path / "r")
+    obs, action, _, next_obs, terminated, truncated = helpers.checkpoint(run_dir)["replay"]["columns"]
+    moves = gym.make("DynaMaze-v0").unwrapped.next_states[0]
+    assert len(obs) == 1500 and terminated.sum() > 5 and not truncated.any()
+    assert [moves[s][a] for s, a in zip(obs.tolist(), action.tolist(), strict=True)] == next_obs.tolist()
+    assert torch.equal(obs[1:][~terminated[:-1]], next_obs[:-1][~terminated[:-1]])
+    assert (obs[1:][terminated[:-1]] == 18).all()  # the start
+
+
+def test_a_time_limit_is_no_end(tmp_path):
+    """FrozenLake cuts at 200 steps: such rows are truncated, not terminated."""
+    flags = "frozenlake --total-timesteps 6000 --planning-steps 10 --picture-every 0 --replay-size 6000"
+    run_dir = helpers.run("dyna_q", flags, tmp_path / "r")
+    *_, terminated, truncated = helpers.checkpoint(run_dir)["replay"]["columns"]
+    lengths = helpers.scalars(run_dir)["charts/episodic_length"]
+    for step, length in lengths.items():
+        assert bool(terminated[step - 1]) != bool(truncated[step - 1]) or length == 200
+    assert truncated.sum() == sum(length == 200 for length in lengths.values()) > 0
+
+
+def test_random_states_come_back():
+    def dice():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    block.seed_everything(3)
+    first = dice()
+    states = block.random_states()
+    second = dice()
+    block.set_random_states(states)
+    assert dice() == second != first
+    block.seed_everything(3)
+    assert dice() == first
+
+
+def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    block.save_checkpoint(tmp_path, step=1)
+
+    def fail_half_way(state, file):
+        file.write(b"half a checkpo")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block.torch, "save", fail_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            block.save_checkpoint(tmp_path, step=2)
+    assert block.load_checkpoint(tmp_path)["step"] == 1
+    block.save_checkpoint(tmp_path, step=3)
+    assert block.load_checkpoint(tmp_path)["step"] == 3
+
+
+def test_environment_state_comes_back():
+    env = gym.make("FrozenLake-v1")
+    env.reset(seed=1)
+    env.action_space.seed(1)
+
+    def play():
+        env.reset()
+        return [env.step(env.action_space.sample())[0] for _ in range(3)]
+
+    state = block.env_state(env)
+    first, second = play(), play()
+    block.set_env_state(env, state)
+    assert (play(), play()) == (first, second)
+
+
+def test_evaluation_is_repeatable_and_leaves_the_dice_alone():
+    env = gym.make("FrozenLake-v1")
+    before = block.random_states()
+    scores = [block.evaluate(lambda s: random.randrange(4), env, 20, seed=1, max_steps=50) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert len(set(scores[0][1])) > 1
+    assert helpers.differences(block.random_states(), before) == []
+    assert scores[0] != block.evaluate(lambda s: random.randrange(4), env, 20, seed=2, max_steps=50)
+    assert max(block.evaluate(lambda s: 0, gym.make("CliffWalking-v1"), 1, 1, max_steps=7)[1]) == 7
+
+
+@settings(deadline=None, max_examples=20)
+@given(count=st.integers(1, 6))
+def test_gif_holds_the_frames(count, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gif") / "videos" / "film.gif"
+    frames = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(count)]
+    block.save_gif(frames, path, fps=5)
+    with Image.open(path) as film:
+        assert film.n_frames == count
+        film.seek(count - 1)
+        assert np.abs(np.asarray(film.convert("RGB")).astype(int) - 40 * (count - 1)).max() < 8
+        assert film.info["duration"] == 200
+
+
+def test_log_means_shares_and_due(tmp_path):
+    args = block.Args(progress=False)
+    log = block.RunLog(args, tmp_path, None)
+    log.mean("losses/x", 1.0)
+    log.mean("losses/x", torch.tensor(4.0))
+    log.lap("env")
+    log.flush(10)
+    log.mean("losses/x", 7.0)
+    log.flush(20)
+    log.writer.close()
+    assert helpers.scalars(tmp_path)["losses/x"] == {10: 2.5, 20: 7.0}
+    due = [step for step in range(0, 100, 7) if log.due("a", 20, step)]
+    assert due == [21, 42, 63, 84]
+    assert not any(log.due("b", 0, step) for step in range(100))
+    assert sum(log.due("c", 1, step, at_most=3) for step in range(100)) == 3
+
+
+def test_missing_drawing_package_is_named(monkeypatch, capsys):
+    def no_pygame(*_, **__):
+        raise gym.error.DependencyNotInstalled('pygame is not installed, run `pip install "gymnasium[toy-text]"`')
+
+    monkeypatch.setattr(gym, "make", no_pygame)
+    with pytest.raises(SystemExit) as exit:
+        block.make_env("Taxi-v4", render=True)
+    assert exit.value.code == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_second_signal_is_the_old_handlers():
+    import signal
+
+    with block.StopSignal() as asked:
+        assert not asked.to_stop(True)
+        signal.raise_signal(signal.SIGINT)
+        assert asked.to_stop(True) and not asked.to_stop(False)  # the episode may end
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

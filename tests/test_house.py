@@ -1,0 +1,82 @@
+"""The house rules hold, and each of them bites."""
+
+import shutil
+from pathlib import Path
+
+import house
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("rule", house.RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds(rule):
+    assert rule(ROOT) == []
+
+
+def swap(path, old, new):
+    """The break: `old` becomes `new` in one file of the scratch copy (it must be there)."""
+
+    def break_it(root: Path) -> None:
+        text = (root / path).read_text()
+        assert old in text, f"{old!r} is not in {path}: this break breaks nothing"
+        (root / path).write_text(text.replace(old, new, 1))
+
+    return break_it
+
+
+def second_script(old, new):
+    """A second script, dyna_q.py with one change."""
+
+    def break_it(root: Path) -> None:
+        shutil.copy(root / "algos" / "dyna_q.py", root / "algos" / "another.py")
+        swap("algos/another.py", old, new)(root)
+
+    return break_it
+
+
+def remove(path):
+    return lambda root: (root / path).unlink()
+
+
+A = "algos/dyna_q.py"
+BREAKS = [
+    (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom pets import plan\n")),
+    (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom . import pets\n")),
+    (house.imports_are_declared, swap(A, '#     "tyro>=1.0,<2",\n', "")),
+    (house.imports_are_declared, swap(A, '#     "tyro>=1.0,<2",\n', '#     "tyro>=1.0,<2",\n#     "numba",\n')),
+    (house.header_matches_requirements, swap(A, '#     "numpy>=2.0,<3",', '#     "numpy>=1.0,<3",')),
+    (house.header_matches_requirements, swap("requirements.txt", "tqdm>=4.66,<5", "tqdm>=4.60,<5")),
+    (house.same_name_same_body, second_script("self.size = min(self.size + 1", "self.size = min(self.size + 2")),
+    (house.args_are_documented, swap(A, '    """α: the step size, in learning and in planning."""\n', "")),
+    (house.args_are_documented, swap(A, "    capture_video: bool", "    film: bool")),
+    (house.order_of_a_file, swap(A, "# ── Plumbing", "# ── Other things")),
+    (house.order_of_a_file, swap(A, "# /// script", "import abc\n# /// script")),
+    (house.steps_are_in_train, swap(A, "            # (4) model", "            # model")),
+    (house.steps_are_in_train, swap(A, "    (5) plan, n times", "    (5) plan\n    (6) rest")),
+    (house.tags_are_explained, swap(A, '"losses/td_error"', '"losses/another_error"')),
+    (house.tags_are_explained, swap("docs/dyna_q.md", "| `losses/td_error` |", "| `losses/td_errors` |")),
+    (house.commands_parse, swap("README.md", "python algos/dyna_q.py", "python algos/dyna_q.py --alpah 0.1")),
+    (house.commands_parse, swap("docs/dyna_q.md", "python algos/dyna_q.py", "python algos/dyna_r.py")),
+    (house.commands_parse, swap("docs/dyna_q.md", "dyna_q_figures.py figure-8-2", "dyna_q_figures.py figure-9-9")),
+    (house.links_lead_somewhere, remove("docs/dyna_q.md")),
+    (house.links_lead_somewhere, remove("docs/figures/dyna_q_figure_8_2.png")),
+    (house.every_file_has_its_page, swap("docs/dyna_q.md", "## Key equations", "## Some equations")),
+    (house.every_file_has_its_page, second_script("Dyna-Q", "Dyna-R")),
+    (house.every_file_has_its_page, swap("README.md", "| planned |", "| yes |")),
+]
+
+
+@pytest.mark.parametrize(("rule", "break_it"), BREAKS, ids=lambda x: getattr(x, "__name__", ""))
+def test_rule_bites(rule, break_it, tmp_path):
+    for name in ("algos", "docs", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert rule(tmp_path) == []
+    break_it(tmp_path)
+    assert rule(tmp_path) != []
+
+
+def test_every_rule_is_broken_once():
+    assert {rule for rule, _ in BREAKS} == set(house.RULES)
