@@ -35,11 +35,11 @@ Symbols (book → this file):
     S, A, R, S' → s, a, r, s2       γ → gamma                  ε → epsilon      κ → bonus
     Model(s, a) → Model             τ(s, a) → now − tried_at   θ → theta        P → priority
 
-Run (measured on 2 CPU cores; docs/dyna_q.md has 30 seeds of each):
-    python algos/dyna_q.py                            # the Dyna maze: 14 steps, the shortest path; 15 seconds
+Run (measured on 2 CPU cores, imports included; docs/dyna_q.md has curves of 30 seeds):
+    python algos/dyna_q.py                            # the Dyna maze: 14 steps, the shortest path; 10 seconds
     python algos/dyna_q.py maze --planning-steps 0    # the same without planning: plain Q-learning
-    python algos/dyna_q.py shortcut --bonus 0.001     # Dyna-Q+ finds the path that opens at step 3,000
-    python algos/dyna_q.py frozenlake                 # a stochastic task, planned with expected updates
+    python algos/dyna_q.py shortcut                   # Dyna-Q+: 10 steps, by the path that opens at step 3,000; 12 s
+    python algos/dyna_q.py frozenlake                 # a stochastic task, planned with expected updates; 21 seconds
     python algos/dyna_q.py --env-id FrozenLake-v1 --model sample
 
 Deviations from the book:
@@ -155,7 +155,7 @@ PRESETS = {
     "frozenlake": (
         "FrozenLake 8×8, slippery: a stochastic model with expected updates",
         Args(
-            env_id="FrozenLake8x8-v1", total_timesteps=40_000, model="expectation", alpha=0.02, gamma=0.99,
+            env_id="FrozenLake8x8-v1", total_timesteps=60_000, model="expectation", alpha=0.02, gamma=0.99,
             initial_value=1.0, eval_every=4_000, eval_episodes=100, picture_every=2_000,
         ),
     ),
@@ -266,6 +266,7 @@ def plan(Q: Table, model: Model, n: int, alpha: float, gamma: float, bonus: floa
         if bonus:  # Dyna-Q+, section 8.3: R + κ √τ, in planning alone
             target += bonus * math.sqrt(now - model.tried_at[s][a])
         values = Q[s]
+        # Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
         values[a] += alpha * (target - values[a])
     return n
 
@@ -307,6 +308,7 @@ def prioritized_sweeping(
         if not queue:
             return update
         s, a = queue.pop()
+        # Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
         Q[s][a] += alpha * (expected_target(Q, model.outcomes[s][a], gamma) - Q[s][a])
         for s_before, a_before in model.predecessors[s]:  # the value of s moved: so may theirs
             if (p := priority(s_before, a_before)) > theta:
@@ -354,12 +356,12 @@ def action_directions(model: Model, columns: int) -> np.ndarray:
 
 
 def imagined_path(Q: Table, model: Model, s: int) -> list[int]:
-    """Follow the greedy action through the model's most likely outcomes until the end, or a circle."""
+    """Greedy actions, most likely outcomes: until the end, a circle, or a state where no action is better yet."""
     path = []
-    while s < len(model.counts) and s not in path:
+    while s < len(model.counts) and s not in path and max(Q[s]) > min(Q[s]):
         path.append(s)
         s = model.most_likely(s, greedy(Q[s]))[2]
-    return path
+    return [*path, s]
 
 
 def draw_values(Q: Table, model: Model, grid: Optional[np.ndarray], start: int, title: str) -> np.ndarray:
@@ -385,8 +387,8 @@ def draw_values(Q: Table, model: Model, grid: Optional[np.ndarray], start: int, 
             axes.quiver(x, y, right, -down, pivot="mid", scale=columns * 1.6, width=0.006, color="0.3")
         path = imagined_path(Q, model, start)
         points = [(s % columns, s // columns) for s in path]
-        if model.most_likely(path[-1], greedy(Q[path[-1]]))[2] == len(model.counts):  # it arrives: draw the last step
-            points.append(points[-1] + directions[greedy(Q[path[-1]])])
+        if path[-1] == len(model.counts):  # it arrives: the end is where the last action points
+            points[-1] = points[-2] + directions[greedy(Q[path[-2]])]
         axes.plot(*np.array(points, dtype=float).T, color="tab:red", linewidth=3, alpha=0.6)
         for row, column in np.argwhere(np.isin(grid, ["S", "G", "H"])):
             axes.text(column, row, grid[row, column], ha="center", va="center", fontsize=14, weight="bold")

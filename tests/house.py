@@ -141,7 +141,7 @@ def order_of_a_file(root: Path) -> list[str]:
         for mark, place in zip(marks, places, strict=True):
             if place < 0:
                 wrong.append(f"{path.name} has no {mark.strip()!r}")
-        if places != sorted(places):
+        if places != sorted(places) or places[0] != 0:
             wrong.append(f"{path.name} is not in the order of the house")
     return wrong
 
@@ -162,12 +162,11 @@ def steps_are_in_train(root: Path) -> list[str]:
 
 def tags_in(path: Path) -> set[str]:
     """The TensorBoard tags a script can write; what an f-string fills in is a *."""
-    tags = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            tags.add(node.value)
-        elif isinstance(node, ast.JoinedStr):
-            tags.add("".join(x.value if isinstance(x, ast.Constant) else "*" for x in node.values))
+    nodes = list(ast.walk(tree(path)))
+    strings = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in strings for part in node.values}
+    tags = {"".join(x.value if isinstance(x, ast.Constant) else "*" for x in node.values) for node in strings}
+    tags |= {x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str) and id(x) not in parts}
     return {tag for tag in tags if TAG.fullmatch(tag)}
 
 

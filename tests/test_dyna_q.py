@@ -304,6 +304,21 @@ def test_mazes_are_the_books(name, change_at, before, after):
     assert shortest(env) == after  # the change outlasts the episode
 
 
+def test_first_episode_is_a_random_walk_of_869_steps():
+    """h(s) = 1 + Σ_a ¼ h(s'), h(goal) = 0: exact, against episodes of the real environment."""
+    maze = gym.make("DynaMaze-v0").unwrapped
+    cells = [s for s in range(54) if not maze.grids[0].flat[s] and s not in maze.goal]
+    system = np.eye(len(cells))
+    for i, s in enumerate(cells):
+        for s2 in maze.next_states[0][s]:
+            if s2 in cells:
+                system[i, cells.index(s2)] -= 0.25
+    expected = np.linalg.solve(system, np.ones(len(cells)))[cells.index(maze.start)]
+    assert expected == pytest.approx(868.7, abs=0.1)
+    lengths = random_episodes("DynaMaze-v0", 600, 20_000)[1]
+    assert abs(np.mean(lengths) - expected) < 4 * np.std(lengths) / 600**0.5
+
+
 @pytest.mark.parametrize("scale", [1, 2, 3])
 def test_a_finer_maze_is_as_much_longer(scale):
     assert shortest(gym.make("DynaMaze-v0", scale=scale)) == 13 * scale + 1  # the goal is any part of its cell
@@ -383,7 +398,8 @@ def test_picture_shows_the_path_and_the_values():
             s2 = moves[s][a]
             model.learn(s, a, float(s2 == 8), 54 if s2 == 8 else s2, 1)
     dyna_q.plan(Q, model, 200_000, 1.0, 0.95, 0.0, 1)
-    assert len(dyna_q.imagined_path(Q, model, 18)) == 14
+    path = dyna_q.imagined_path(Q, model, 18)
+    assert len(path) == 15 and path[0] == 18 and path[-1] == 54
     directions = dyna_q.action_directions(model, 9)
     assert directions.tolist() == [[0, -1], [0, 1], [-1, 0], [1, 0]]  # up, down, left, right
     grid, nothing = dyna_q.grid_of(env), dyna_q.Model(54, 4, "sample", False)

@@ -1,0 +1,140 @@
+"""How fast each file's hot path is on this machine, beside the machine's own matrix-product rate.
+
+    python benchmarks/speed.py
+    python benchmarks/speed.py --save benchmarks/results/speed_cpu.csv
+
+Timings of a shared machine are noisy: the variants of a row are timed in turn, round by round, and the best round
+of each counts. Quote ratios of one run.
+"""
+
+import csv
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+import dyna_q
+
+
+def best_rates(variants: dict[str, tuple[Callable[[], object], float]], rounds: int) -> dict[str, float]:
+    """variants: name → (what to call, units of work in one call). Units per second, the best of the rounds."""
+    best = dict.fromkeys(variants, float("inf"))
+    for _ in range(rounds):
+        for name, (call, _) in variants.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: units / best[name] for name, (_, units) in variants.items()}
+
+
+def matrix_product(rounds: int) -> dict[str, float]:
+    """The yardstick: float32, 1024 × 1024, GFLOP/s."""
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    return best_rates({"float32 1024 × 1024": (lambda: a @ b, 2 * 1024**3 / 1e9)}, rounds)
+
+
+# ── dyna_q: planning updates ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def explored(env_id: str, kind: str, steps: int = 5_000) -> dyna_q.Model:
+    """A model filled by random actions."""
+    env = gym.make(env_id)
+    model = dyna_q.Model(int(env.observation_space.n), int(env.action_space.n), kind, try_untried=False)
+    random.seed(0)
+    s, _ = env.reset(seed=0)
+    for now in range(steps):
+        a = random.randrange(env.action_space.n)
+        obs, r, terminated, truncated, _ = env.step(a)
+        model.learn(s, a, float(r), len(model.counts) if terminated else int(obs), now)
+        s = int(env.reset()[0]) if terminated or truncated else int(obs)
+    return model
+
+
+def plan_with_dictionaries(Q: dict, memory: dict, tried: dict, actions: range, n: int, alpha: float, gamma: float):
+    """The box as one would first write it: dictionaries with tuples for keys, random.choice."""
+    for _ in range(n):
+        s = random.choice(list(tried))
+        a = random.choice(tried[s])
+        r, s2 = memory[s, a]
+        Q[s, a] += alpha * (r + gamma * max(Q[s2, b] for b in actions) - Q[s, a])
+
+
+def plan_with_arrays(Q: np.ndarray, reward: np.ndarray, after: np.ndarray, pairs: np.ndarray, n: int, alpha, gamma):
+    """n updates at once, all from the same old values: another algorithm, here for its speed alone."""
+    s, a = pairs[np.random.randint(len(pairs), size=n)].T
+    Q[s, a] += alpha * (reward[s, a] + gamma * Q[after[s, a]].max(1) - Q[s, a])
+
+
+def dyna_q_rates(rounds: int) -> dict[str, float]:
+    calls, n = 400, 50  # as in training: n = 50 updates a call
+    maze, lake = explored("DynaMaze-v0", "deterministic"), explored("FrozenLake8x8-v1", "expectation")
+    lake_draws = explored("FrozenLake8x8-v1", "sample")
+    tables = [[[0.0] * 4 for _ in range(len(model.counts) + 1)] for model in (maze, lake, lake_draws)]
+    tried = {s: list(maze.actions[s]) for s in maze.states}
+    memory = {(s, a): maze.outcomes[s][a][0][1:] for s in tried for a in tried[s]}
+    dictionary = {(s, a): 0.0 for s in range(len(maze.counts) + 1) for a in range(4)}
+    array, pairs = np.zeros((len(maze.counts) + 1, 4)), np.array(list(memory))
+    reward, after = np.zeros((len(maze.counts), 4)), np.zeros((len(maze.counts), 4), dtype=int)
+    for (s, a), (r, s2) in memory.items():
+        reward[s, a], after[s, a] = r, s2
+
+    def repeat(function: Callable, *args: object) -> tuple[Callable[[], None], int]:
+        def call() -> None:
+            for _ in range(calls):
+                function(*args)
+
+        return call, calls * n
+
+    return best_rates(
+        {
+            "Dyna maze, deterministic": repeat(dyna_q.plan, tables[0], maze, n, 0.1, 0.95, 0.0, 10_000),
+            "Dyna maze, with the bonus": repeat(dyna_q.plan, tables[0], maze, n, 0.1, 0.95, 1e-3, 10_000),
+            "FrozenLake 8×8, sample updates": repeat(dyna_q.plan, tables[2], lake_draws, n, 0.1, 0.95, 0.0, 10_000),
+            "FrozenLake 8×8, expected updates": repeat(dyna_q.plan, tables[1], lake, n, 0.1, 0.95, 0.0, 10_000),
+            "(dictionaries, Dyna maze)": repeat(
+                plan_with_dictionaries, dictionary, memory, tried, range(4), n, 0.1, 0.95
+            ),
+            "(arrays, all at once, Dyna maze)": repeat(plan_with_arrays, array, reward, after, pairs, n, 0.1, 0.95),
+        },
+        rounds,
+    )
+
+
+@dataclass
+class Args:
+    rounds: int = 30
+    """Rounds; the best counts."""
+    threads: int = torch.get_num_threads()
+    """Torch's threads."""
+    save: Optional[Path] = None
+    """Also write the table here, as CSV."""
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    python = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{platform.machine()}, {args.threads} threads, {python}\n")
+    rows = [("matrix product", name, "GFLOP/s", rate) for name, rate in matrix_product(args.rounds).items()]
+    rows += [("dyna_q", name, "million updates/s", rate / 1e6) for name, rate in dyna_q_rates(args.rounds).items()]
+    print("| file | hot path | rate | unit |\n|-|-|-|-|")
+    for file, name, unit, rate in rows:
+        print(f"| {file} | {name} | {rate:.3g} | {unit} |")
+    if args.save:
+        with open(args.save, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["file", "hot_path", "unit", "rate"])
+            writer.writerows([*row[:3], f"{row[3]:.4g}"] for row in rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0]))
