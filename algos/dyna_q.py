@@ -29,11 +29,13 @@ The algorithm (box "Tabular Dyna-Q", section 8.2; prioritised sweeping, section 
     (4) model:  Model(S, A) ← R, S'
     (5) plan, n times: S ← a state seen before, A ← an action taken there before, both at random;
         R, S' ← Model(S, A); Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
+The update of (3) and (5) is Eq. 8.2; with `--model expectation` step (5) makes the expected update, Eq. 8.1.
 
 Symbols (book → this file):
     Q(s, a) → Q[s][a]               n → planning_steps         α → alpha        Q₀ → initial_value
     S, A, R, S' → s, a, r, s2       γ → gamma                  ε → epsilon      κ → bonus
     Model(s, a) → Model             τ(s, a) → now − tried_at   θ → theta        P → priority
+    N(s, a, s') → counts            p̂(s', r | s, a) → outcomes
 
 Run (measured on 2 CPU cores, imports included; docs/dyna_q.md has curves of 30 seeds):
     python algos/dyna_q.py                            # the Dyna maze: 14 steps, the shortest path; 10 seconds
@@ -46,17 +48,19 @@ Deviations from the book:
   - A terminated transition leads to one extra state whose row of Q stays 0: the value of a terminal state without a
     special case, also where Q₀ is not 0. A truncated one (a time limit) leads where it led, and is bootstrapped.
   - Stochastic tasks: the book's box assumes a deterministic world. `--model sample` and `--model expectation` keep
-    counts of what followed (s, a), and plan with a draw from them or with their mean (section 8.5).
-  - Prioritised sweeping with counts uses the expected update for the priority too; with a deterministic model that
-    is the book's box to the letter.
+    counts of what followed (s, a), with the mean reward of each successor, and plan with a draw from them (Eq. 8.2)
+    or with their mean (Eq. 8.1, which has no step size).
+  - Prioritised sweeping with counts uses the expected update, for the priority too; with a deterministic model it is
+    the book's box to the letter.
 """
 
+import functools
 import heapq
 import json
 import math
 import os
-import pickle
 import random
+import shlex
 import signal
 import sys
 import time
@@ -70,6 +74,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -116,7 +121,7 @@ class Args:
     """Write losses, model errors and timings every this many steps (returns are written at each episode's end)."""
     eval_every: int = 500
     """Play the greedy policy in an environment of its own every this many steps; 0: only at the end."""
-    eval_episodes: int = 1
+    eval_episodes: int = 10
     """Episodes for each of those evaluations."""
     eval_max_steps: int = 1_000
     """Cut an evaluation episode here: a greedy policy that has learned nothing may walk in circles for ever."""
@@ -128,9 +133,11 @@ class Args:
     run_dir: Optional[str] = None
     """Where to write; by default runs/<env>__<algorithm>__<seed>__<time>."""
     checkpoint_every: int = 10_000
-    """Save a checkpoint every this many steps, at the end of the episode; 0: only at the end of the run."""
+    """Save a checkpoint every this many steps, at the end of the episode (or once it is as late again); 0: only at
+    the end of the run, and when it is stopped."""
     resume: Optional[str] = None
-    """Go on with the run in this folder, with its settings; --total-timesteps may be raised."""
+    """Go on with the run in this folder, with its settings. --total-timesteps may be raised: the episode that the
+    first end cut is then left, and a new one begun."""
     evaluate: Optional[str] = None
     """Do not train: play the policy saved in this run folder."""
     episodes: int = 10
@@ -184,7 +191,7 @@ class Model:
 
     def __init__(self, states: int, actions: int, kind: str, try_untried: bool):
         self.kind, self.try_untried = kind, try_untried
-        self.counts = [[{} for _ in range(actions)] for _ in range(states)]  # N(s, a; r, s')
+        self.counts = [[{} for _ in range(actions)] for _ in range(states)]  # s' → N(s, a, s'), mean reward
         # An untried action is believed to lead back to its state with reward 0 (Dyna-Q+, footnote of section 8.3).
         self.outcomes = [[[(1.0, 0.0, s)]] * actions for s in range(states)]
         self.tried_at = [[0] * actions for _ in range(states)]  # the step of the last real try: τ = now − tried_at
@@ -202,12 +209,14 @@ class Model:
         self.tried_at[s][a] = now
         counts = self.counts[s][a]
         if self.kind == "deterministic":  # the world may have changed: what happened last is what happens
-            for _, old in counts:
-                self.predecessors[old].pop((s, a), None)
+            for old in counts:
+                del self.predecessors[old][s, a]
             counts.clear()
-        counts[r, s2] = counts.get((r, s2), 0) + 1
-        total = sum(counts.values())
-        self.outcomes[s][a] = [(count / total, *outcome) for outcome, count in counts.items()]
+        number, mean = counts.get(s2, (0, 0.0))
+        counts[s2] = number + 1, mean + (r - mean) / (number + 1)
+        # p̂(s' | s, a) = N(s, a, s') / Σ_x N(s, a, x)
+        total = sum(number for number, _ in counts.values())
+        self.outcomes[s][a] = [(number / total, mean, x) for x, (number, mean) in counts.items()]
         self.predecessors[s2][s, a] = None
 
     def draw(self, s: int, a: int) -> Outcome:
@@ -224,7 +233,7 @@ class Model:
 
 
 def expected_target(Q: Table, outcomes: list[Outcome], gamma: float) -> float:
-    # The expected update's target, section 8.5: Σ_{s',r} p̂(s', r | s, a) [r + γ max_a' Q(s', a')]
+    # Eq. 8.1: Σ_{s',r} p̂(s', r | s, a) [r + γ max_a' Q(s', a')]
     target = 0.0
     for p, r, s2 in outcomes:
         target += p * (r + gamma * max(Q[s2]))
@@ -239,8 +248,12 @@ def epsilon_greedy(values: list[float], epsilon: float) -> int:
 
 
 def greedy(values: list[float]) -> int:
-    """The policy that is evaluated: no exploration, no dice."""
     return values.index(max(values))
+
+
+def greedy_policy(Q: Table) -> Callable[[Any], int]:
+    """The policy that is evaluated: no exploration, no dice."""
+    return lambda obs: greedy(Q[int(obs)])
 
 
 def td_error(Q: Table, s: int, a: int, r: float, s2: int, gamma: float) -> float:
@@ -248,27 +261,26 @@ def td_error(Q: Table, s: int, a: int, r: float, s2: int, gamma: float) -> float
     return r + gamma * max(Q[s2]) - Q[s][a]
 
 
-def plan(Q: Table, model: Model, n: int, alpha: float, gamma: float, bonus: float, now: int) -> int:
-    """Step (5), Dyna's planning: n updates of pairs from memory. Returns the number of updates.
+def plan(Q: Table, model: Model, n: int, alpha: float, gamma: float, bonus: float, now: int) -> None:
+    """Step (5), Dyna's planning: n updates of pairs from memory.
 
     The updates are one after the other, each on the values the last one left, as in the book: a batch of n would be
-    another algorithm. Plain lists are the fastest store for that (benchmarks/speed.py).
+    another algorithm. Plain lists and local names are the fastest for that (benchmarks/speed.py).
     """
     rand, expected, stochastic = random.random, model.kind == "expectation", model.kind == "sample"
     for s in random.choices(model.states, k=n):  # S ← a state seen before, all as likely ...
         actions = model.actions[s]
         a = actions[int(rand() * len(actions))]  # ... and then A ← one of its actions: not uniform over the pairs
+        # Dyna-Q+, section 8.3: the reward of a planned step is R + κ √τ
+        extra = bonus * math.sqrt(now - model.tried_at[s][a]) if bonus else 0.0
+        values = Q[s]
         if expected:
-            target = expected_target(Q, model.outcomes[s][a], gamma)
+            # Eq. 8.1: Q(s, a) ← Σ_{s',r} p̂(s', r | s, a) [r + γ max_a' Q(s', a')]
+            values[a] = extra + expected_target(Q, model.outcomes[s][a], gamma)
         else:
             _, r, s2 = model.draw(s, a) if stochastic else model.outcomes[s][a][0]
-            target = r + gamma * max(Q[s2])
-        if bonus:  # Dyna-Q+, section 8.3: R + κ √τ, in planning alone
-            target += bonus * math.sqrt(now - model.tried_at[s][a])
-        values = Q[s]
-        # Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
-        values[a] += alpha * (target - values[a])
-    return n
+            # Eq. 8.2: Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
+            values[a] += alpha * (r + extra + gamma * max(Q[s2]) - values[a])
 
 
 class PriorityQueue:
@@ -294,24 +306,28 @@ class PriorityQueue:
                 return s, a
 
 
+def priority(Q: Table, model: Model, s: int, a: int, gamma: float) -> float:
+    # P ← |R + γ max_a Q(S', a) − Q(S, A)|
+    return abs(expected_target(Q, model.outcomes[s][a], gamma) - Q[s][a])
+
+
 def prioritized_sweeping(
     Q: Table, model: Model, queue: PriorityQueue, s: int, a: int, n: int, alpha: float, gamma: float, theta: float
 ) -> int:
-    """Steps (3) and (5) of prioritised sweeping, steps (e) to (g) of its box. Returns the number of updates."""
-
-    def priority(s, a):  # P ← |R + γ max_a Q(S', a) − Q(S, A)|
-        return abs(expected_target(Q, model.outcomes[s][a], gamma) - Q[s][a])
-
-    if (p := priority(s, a)) > theta:
+    """Steps (3) and (5) of prioritised sweeping: steps (e) to (g) of its box. Returns the number of updates made."""
+    step_size = 1.0 if model.kind == "expectation" else alpha  # Eq. 8.1 assigns, Eq. 8.2 moves by α
+    # (e), (f): if P > θ, insert S, A with priority P
+    if (p := priority(Q, model, s, a, gamma)) > theta:
         queue.push(p, s, a)
-    for update in range(n):
+    # (g): n times, while the queue is not empty
+    for made in range(n):
         if not queue:
-            return update
+            return made
         s, a = queue.pop()
         # Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]
-        Q[s][a] += alpha * (expected_target(Q, model.outcomes[s][a], gamma) - Q[s][a])
+        Q[s][a] += step_size * (expected_target(Q, model.outcomes[s][a], gamma) - Q[s][a])
         for s_before, a_before in model.predecessors[s]:  # the value of s moved: so may theirs
-            if (p := priority(s_before, a_before)) > theta:
+            if (p := priority(Q, model, s_before, a_before, gamma)) > theta:
                 queue.push(p, s_before, a_before)
     return n
 
@@ -329,6 +345,14 @@ def open_loop_error(model: Model, sequences: "Transitions") -> float:
                 s = model.most_likely(s, a)[2]
         wrong += s != end
     return wrong / len(ends)
+
+
+def model_metrics(model: Model, replay: "ReplayBuffer") -> dict[str, float]:
+    metrics = {"model/tried_pairs": sum(bool(counts) for row in model.counts for counts in row)}
+    for horizon in (1, 5, 20):
+        if sequences := replay.sample(32, length=horizon):
+            metrics[f"model/open_loop_error_{horizon}"] = open_loop_error(model, sequences)
+    return metrics
 
 
 def grid_of(env: gym.Env) -> Optional[np.ndarray]:
@@ -408,8 +432,8 @@ def check_settings(args: Args) -> None:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it can't be below 0")
     if not 0 < args.alpha <= 1 or not 0 <= args.gamma <= 1 or not 0 <= args.epsilon <= 1:
         stop("--alpha must lie in (0, 1], --gamma and --epsilon in [0, 1]")
-    if args.maze_scale < 1 or args.replay_size < 1 or args.log_every < 1 or args.picture_every < 0:
-        stop("--maze-scale, --replay-size and --log-every must be at least 1, --picture-every at least 0")
+    if not 1 <= args.maze_scale <= 40 or args.replay_size < 1:
+        stop("--maze-scale must lie between 1 and 40, --replay-size be at least 1")
     if args.maze_scale > 1 and args.env_id not in MAZES:
         stop(f"--maze-scale is for this file's own mazes ({', '.join(MAZES)}), not for {args.env_id}")
     if args.planner == "prioritized":
@@ -421,14 +445,14 @@ def check_settings(args: Args) -> None:
             stop("--bonus grows with every step, so that no priority would stay true: use --planner dyna")
 
 
-def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[Any], int]:
-    """The deterministic policy of a checkpoint, for --evaluate."""
-    Q = checkpoint["learned"]["Q"].tolist()
-    return lambda s: greedy(Q[s])
+def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Callable[[Any], int]]:
+    """For --evaluate: what makes the deterministic policy of a checkpoint, anew for each episode."""
+    return functools.partial(greedy_policy, checkpoint["learned"]["Q"].tolist())
 
 
 def train(args: Args) -> Path:
     pick_device(args.device)
+    print("device: cpu")  # whatever else there is: the tables are Python lists
     env, eval_env = make_task(args), make_task(args, render=args.capture_video)
     run_dir, checkpoint = open_run(args)
     seed_everything(args.seed)
@@ -444,21 +468,24 @@ def train(args: Args) -> Path:
         step, updates = checkpoint["step"], checkpoint["updates"]
         Q = checkpoint["learned"]["Q"].tolist()
         vars(model).update(checkpoint["model"])
-        vars(queue).update(checkpoint["queue"])
+        for (s, a), p in checkpoint["queue"].items():
+            queue.push(p, s, a)
         replay.load_state_dict(checkpoint["replay"])
         set_env_state(env, checkpoint["env"])
         set_random_states(checkpoint["random"])
     log = RunLog(args, run_dir, checkpoint)
 
+    # These three look at the variables of the loop as they are when they are called.
     def save() -> None:
         save_checkpoint(
             run_dir, step=step, updates=updates, learned={"Q": torch.tensor(Q, dtype=torch.float64)}, model=vars(model),
-            queue=vars(queue), replay=replay.state_dict(), env=env_state(env), log=log.state_dict(),
+            queue=queue.priority, replay=replay.state_dict(), env=env_state(env), log=log.state_dict(),
         )  # fmt: skip
+        log.lap("log")
 
-    def test(episodes: int) -> None:
-        set_env_state(eval_env, env_state(env))  # a maze that has changed has changed there too
-        log.evaluation(step, lambda s: greedy(Q[s]), eval_env, episodes)
+    def test() -> None:
+        set_env_state(eval_env, env_state(env), generators=False)  # a maze that has changed has changed there too
+        log.evaluation(step, functools.partial(greedy_policy, Q), eval_env)
 
     def draw() -> None:
         title = f"{args.env_id}, n = {args.planning_steps}: step {step:,}"
@@ -466,7 +493,7 @@ def train(args: Args) -> Path:
 
     start, _ = env.reset(seed=None if checkpoint else args.seed)
     s, episode_return, episode_length = int(start), 0.0, 0
-    with StopSignal() as asked:
+    with StopSignal() as stop_signal:
         while step < args.total_timesteps:
             # (1) S ← the current, nonterminal state; A ← ε-greedy(S, Q)
             a = epsilon_greedy(Q[s], args.epsilon)
@@ -474,8 +501,10 @@ def train(args: Args) -> Path:
 
             # (2) take A; observe R and S'
             obs, r, terminated, truncated, _ = env.step(a)
-            step, r, over = step + 1, float(r), terminated or truncated
+            step, r, over = step + 1, float(r), bool(terminated or truncated)
             s2 = terminal if terminated else int(obs)
+            if not math.isfinite(r):
+                stop(f"{args.env_id} gave the reward {r} at step {step:,}: there is nothing to learn from that")
             replay.add(s, a, r, obs, terminated, truncated)
             log.lap("env")
 
@@ -487,52 +516,51 @@ def train(args: Args) -> Path:
             log.lap("policy")
 
             # (4) model: Model(S, A) ← R, S', after a look at what it would have said
-            expected_this = model.counts[s][a] and model.most_likely(s, a)[1:] == (r, s2)
-            log.mean("model/heldout_error", not expected_this)
+            surprised = not model.counts[s][a] or model.most_likely(s, a)[1:] != (r, s2)
+            log.mean("model/heldout_error", surprised)
             model.learn(s, a, r, s2, now=step)
             log.lap("model")
 
             # (5) plan, n times
-            n, α, γ = args.planning_steps, args.alpha, args.gamma
             if args.planner == "dyna":
-                updates += plan(Q, model, n, α, γ, args.bonus, now=step)
+                plan(Q, model, args.planning_steps, args.alpha, args.gamma, args.bonus, now=step)
+                updates += args.planning_steps
             else:
-                updates += prioritized_sweeping(Q, model, queue, s, a, n, α, γ, args.theta)
+                updates += prioritized_sweeping(
+                    Q, model, queue, s, a, args.planning_steps, args.alpha, args.gamma, args.theta
+                )
             log.lap("plan")
 
             s, episode_return, episode_length = s2, episode_return + r, episode_length + 1
             log.bar.update()
-            if step % args.log_every == 0:
-                for horizon in (1, 5, 20):
-                    if sequences := replay.sample(32, length=horizon):
-                        log.mean(f"model/open_loop_error_{horizon}", open_loop_error(model, sequences))
-                log.mean("model/tried_pairs", sum(bool(counts) for row in model.counts for counts in row))
-                log.mean("charts/planning_updates", updates)
+            if log.due("log", args.log_every, step):
+                log.scalars(step, {**model_metrics(model, replay), "charts/planning_updates": updates})
                 log.flush(step)
-            if args.eval_every and step % args.eval_every == 0:
-                test(args.eval_episodes)
+            if log.due("eval", args.eval_every, step) and step < args.total_timesteps:
+                test()
             if over:
                 log.episode(step, episode_return, episode_length)
                 if log.due("picture", args.picture_every, step, at_most=20):
                     draw()
-                if log.due("checkpoint", args.checkpoint_every, step):
-                    save()
-            if asked.to_stop(over):
+            if log.due("checkpoint", args.checkpoint_every, step, wait_for=over):
+                save()
+            if stop_signal.to_stop(over):
                 break
             if over:
                 start, _ = env.reset()
                 s, episode_return, episode_length = int(start), 0.0, 0
+                log.lap("env")
         save()
-    if asked.signal:
-        log.stopped(step, asked.signal)
-    test(max(args.episodes, args.eval_episodes))
+    if stop_signal.number:
+        log.stopped(step, stop_signal.number)
+    test()
     if args.picture_every:
         draw()
     log.finish(step)
     return run_dir
 
 
-# ── Plumbing: nothing below is particular to the algorithm ────────────────────────────────────────────────────────
+# ── The tasks ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # The mazes of Examples 8.1 to 8.3. A second map is how the maze looks after `change_at` steps of its life.
 DYNA = """
@@ -566,7 +594,7 @@ class Maze(gym.Env):
     def __init__(self, maps: list[str], change_at: int = 0, scale: int = 1, render_mode: Optional[str] = None):
         grids = [np.array([list(row) for row in text.split()]) for text in maps]
         self.grids = [np.kron(grid == "#", np.ones((scale, scale))).astype(bool) for grid in grids]  # True: a wall
-        self.goal = np.flatnonzero(np.kron(grids[0] == "G", np.ones((scale, scale))))
+        self.goal = set(np.flatnonzero(np.kron(grids[0] == "G", np.ones((scale, scale)))).tolist())
         self.start = int(np.flatnonzero(np.kron(grids[0] == "S", np.ones((scale, scale))))[0])
         self.change_at, self.clock, self.render_mode = change_at, 0, render_mode
         self.observation_space = gym.spaces.Discrete(self.grids[0].size)
@@ -594,7 +622,7 @@ class Maze(gym.Env):
     def desc(self) -> np.ndarray:
         letters = np.where(self.grids[self.layout], "#", ".")
         letters.flat[self.start] = "S"
-        letters.flat[self.goal] = "G"
+        letters.flat[list(self.goal)] = "G"
         return letters
 
     def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
@@ -603,8 +631,8 @@ class Maze(gym.Env):
         return self.state, {}
 
     def step(self, action: int):
-        self.clock += 1
         self.state = self.next_states[self.layout][self.state][action]
+        self.clock += 1  # after the move: the change comes after so many steps
         won = self.state in self.goal
         return self.state, float(won), won, False, {}
 
@@ -621,9 +649,9 @@ class Maze(gym.Env):
         return picture.repeat(24, axis=0).repeat(24, axis=1)
 
 
-for env_id, kwargs in MAZES.items():
-    if env_id not in gym.registry:
-        gym.register(env_id, entry_point=Maze, kwargs=kwargs)
+for _name, _kwargs in MAZES.items():
+    if _name not in gym.registry:
+        gym.register(_name, entry_point=Maze, kwargs=_kwargs)
 
 
 def make_task(args: Args, render: bool = False) -> gym.Env:
@@ -633,8 +661,8 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gym.spaces.Discrete):
             stop(f"a table needs Discrete {name}, and those of {args.env_id} are {space}")
-    if env.observation_space.n * env.action_space.n > 10_000_000:
-        stop(f"{args.env_id} has {env.observation_space.n:,} states: too many for a table")
+    if env.observation_space.n * env.action_space.n > 500_000:
+        stop(f"{args.env_id} has {env.observation_space.n:,} states: too many for tables in plain Python")
     if first := env.observation_space.start:
         env = gym.wrappers.TransformObservation(env, lambda s: s - first, gym.spaces.Discrete(env.observation_space.n))
     if lowest := env.action_space.start:
@@ -642,7 +670,12 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
     return env
 
 
+# ── Plumbing: nothing below is particular to the algorithm ────────────────────────────────────────────────────────
+
+
 def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
+    if "" not in sys.path:
+        sys.path.append("")  # for module:Env-v0, a module in the folder where the user stands
     if render:
         kwargs["render_mode"] = "rgb_array"
     try:
@@ -653,8 +686,8 @@ def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
                 stop(f"{env_id} draws no rgb_array: leave out --capture-video")
     except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         stop(f"{env_id} needs a package that is not installed: {error}")
-    except gym.error.Error as error:
-        stop(f"no environment {env_id!r}: {error}")
+    except Exception as error:  # whatever the environment's own code may raise
+        stop(f"{env_id!r} can't be made: {type(error).__name__}: {error}".replace("\n", " "))
     return env
 
 
@@ -662,14 +695,24 @@ def env_state(env: gym.Env) -> dict:
     """What an environment carries from one episode to the next: its generators, and what it says itself."""
     own = env.unwrapped.state_dict() if hasattr(env.unwrapped, "state_dict") else None
     generators = [x.np_random.bit_generator.state for x in (env.unwrapped, env.action_space)]
-    return {"generators": generators, "own": own}
+    return arrays_to_tensors({"generators": generators, "own": own})
 
 
-def set_env_state(env: gym.Env, state: dict) -> None:
-    for x, generator in zip((env.unwrapped, env.action_space), state["generators"], strict=True):
-        x.np_random.bit_generator.state = generator
+def set_env_state(env: gym.Env, state: dict, generators: bool = True) -> None:
+    if generators:
+        for x, saved in zip((env.unwrapped, env.action_space), state["generators"], strict=True):
+            x.np_random.bit_generator.state = saved
     if state["own"] is not None:
         env.unwrapped.load_state_dict(state["own"])
+
+
+def arrays_to_tensors(tree: Any) -> Any:
+    """A checkpoint is read back as tensors and plain values only, so that no foreign code can hide in it."""
+    if isinstance(tree, dict):
+        return {key: arrays_to_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(arrays_to_tensors(value) for value in tree)
+    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
 class Transitions(NamedTuple):
@@ -735,27 +778,32 @@ class ReplayBuffer:
 
 
 def evaluate(
-    policy: Callable[[Any], Any], env: gym.Env, episodes: int, seed: int, max_steps: int, frames: Optional[list] = None
+    new_policy: Callable[[], Callable[[Any], Any]],
+    env: gym.Env,
+    episodes: int,
+    seed: int,
+    max_steps: int,
+    frames: Optional[list] = None,
 ) -> tuple[list[float], list[int]]:
-    """Returns and lengths of whole episodes. The same seed gives the same episodes, and training's dice stay as they
-    were. `frames` collects the pictures of the first episode."""
+    """Returns and lengths of episodes, cut at `max_steps`, each with a policy made anew (some remember). The same seed
+    gives the same episodes, and training's dice stay as they were. `frames` collects the first episode's pictures."""
     before = random_states()
     seed_everything(seed + 10_000)
     returns, lengths = [], []
     for episode in range(episodes):
+        policy = new_policy()
         obs, _ = env.reset(seed=seed + 10_000 + episode)
-        returns.append(0.0)
-        lengths.append(0)
-        over = False
-        while not over and lengths[-1] < max_steps:
+        episode_return, length, over = 0.0, 0, False
+        while not over and length < max_steps:
             if frames is not None and episode == 0:
-                frames.append(env.render())
+                frames.append(thumbnail(env.render()))
             obs, reward, terminated, truncated, _ = env.step(policy(obs))
-            returns[-1] += float(reward)
-            lengths[-1] += 1
+            episode_return, length = episode_return + float(reward), length + 1
             over = terminated or truncated
         if frames is not None and episode == 0:
-            frames.append(env.render())
+            frames.append(thumbnail(env.render()))
+        returns.append(episode_return)
+        lengths.append(length)
     set_random_states(before)
     return returns, lengths
 
@@ -764,10 +812,10 @@ def play(args: Any) -> tuple[list[float], list[int]]:
     """--evaluate: load a checkpoint, play, print the scores."""
     run_dir, checkpoint = Path(args.evaluate), load_checkpoint(Path(args.evaluate))
     env = make_task(args, render=args.capture_video)
-    set_env_state(env, checkpoint["env"])
+    set_env_state(env, checkpoint["env"], generators=False)
     frames = [] if args.capture_video else None
-    policy = load_policy(args, env, checkpoint)
-    returns, lengths = evaluate(policy, env, args.episodes, args.seed, args.eval_max_steps, frames)
+    new_policy = load_policy(args, env, checkpoint)
+    returns, lengths = evaluate(new_policy, env, args.episodes, args.seed, args.eval_max_steps, frames)
     print(f"{ALGORITHM} on {args.env_id}, trained for {checkpoint['step']:,} steps: {score_line(returns, lengths)}")
     if frames:
         save_gif(frames, run_dir / "videos" / "evaluation.gif")
@@ -784,17 +832,22 @@ def score_line(returns: list[float], lengths: list[int]) -> str:
 
 def figure_to_array(figure: Figure) -> np.ndarray:
     """[H, W, 3] uint8"""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save_gif(frames: list[np.ndarray], path: Path, fps: float = 10) -> None:
+def thumbnail(frame: np.ndarray, size: int = 320) -> np.ndarray:
+    image = Image.fromarray(frame)
+    image.thumbnail((size, size))
+    return np.asarray(image)
+
+
+def save_gif(frames: list[np.ndarray], path: Path, fps: float = 10, at_most: int = 300) -> None:
     # Pillow, for torch's add_video writes nothing, silently, where moviepy 2 is installed.
+    every = -(-len(frames) // at_most)  # of a long film every second, third, ... frame
+    images = [Image.fromarray(frame) for frame in frames[::every]]
     path.parent.mkdir(exist_ok=True)
-    images = [Image.fromarray(frame) for frame in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
 
@@ -825,21 +878,24 @@ class RunLog:
         self.began = self.last_lap = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """The time since the last lap, or since the last writing, went into `name`."""
+        """The time since the last lap went into `name`."""
         now = time.perf_counter()
         self.spent[name] += now - self.last_lap
         self.last_lap = now
 
-    def due(self, what: str, every: int, step: int, at_most: float = math.inf) -> bool:
-        """Has it been `every` steps since the last time? Never where `every` is 0."""
+    def due(self, what: str, every: int, step: int, at_most: float = math.inf, wait_for: bool = True) -> bool:
+        """Once in every `every` steps, never where that is 0; while `wait_for` is false later, by as much at most."""
         times, last = self.last.get(what, (0, 0))
-        if every == 0 or step - last < every or times >= at_most:
+        if every == 0 or step // every == last // every or times >= at_most:
+            return False
+        if not wait_for and step - last < 2 * every:
             return False
         self.last[what] = (times + 1, step)
         return True
 
     def mean(self, tag: str, value: Any) -> None:
         """Collect until the flush writes the mean; a tensor stays on its device until then."""
+        value = value.detach() if isinstance(value, torch.Tensor) else value
         self.sums[tag] = self.sums.get(tag, 0.0) + value
         self.numbers[tag] = self.numbers.get(tag, 0) + 1
 
@@ -847,21 +903,21 @@ class RunLog:
         seconds = time.perf_counter() - self.began
         shares = {f"time/{name}": spent / seconds for name, spent in self.spent.items()}
         means = {tag: float(total) / self.numbers[tag] for tag, total in self.sums.items()}
-        self.scalars(step, {**means, **shares, "charts/SPS": (step - self.first_step) / seconds})
         self.sums, self.numbers = {}, {}
+        self.scalars(step, {**means, **shares, "charts/SPS": (step - self.first_step) / seconds})
 
     def scalars(self, step: int, values: dict) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, float(value), step)
-        self.last_lap = time.perf_counter()
+        self.lap("log")
 
     def episode(self, step: int, episode_return: float, length: int) -> None:
         self.scalars(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
         self.bar.set_postfix_str(f"return {episode_return:.4g}", refresh=False)
 
-    def evaluation(self, step: int, policy: Callable[[Any], Any], env: gym.Env, episodes: int) -> None:
-        frames = [] if self.args.capture_video else None
-        self.scores = evaluate(policy, env, episodes, self.args.seed, self.args.eval_max_steps, frames)
+    def evaluation(self, step: int, new_policy: Callable[[], Callable[[Any], Any]], env: gym.Env) -> None:
+        args, frames = self.args, [] if self.args.capture_video else None
+        self.scores = evaluate(new_policy, env, args.eval_episodes, args.seed, args.eval_max_steps, frames)
         returns, lengths = self.scores
         self.scalars(step, {"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)})
         if frames:
@@ -873,9 +929,11 @@ class RunLog:
         for path in (self.run_dir / "frames" / f"step_{step:08d}.png", self.run_dir / "picture.png"):
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-        self.last_lap = time.perf_counter()
+        self.lap("log")
 
     def finish(self, step: int) -> None:
+        if self.sums:
+            self.flush(step)
         self.bar.close()
         self.writer.close()
         print(f"{ALGORITHM} on {self.args.env_id}, {step:,} steps: {score_line(*self.scores)}")
@@ -889,27 +947,32 @@ class RunLog:
     def stopped(self, step: int, number: int) -> None:
         self.bar.close()
         self.writer.close()
-        print(f"stopped at step {step:,}; to go on: python {sys.argv[0]} --resume {self.run_dir}")
+        print(f"stopped at step {step:,}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(self.run_dir))}")
         raise SystemExit(128 + number)
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM end the run at the end of the episode, so that it can go on to the same bit; an episode that
-    outlasts `patience` seconds is cut. A second signal ends the program at once: the last checkpoint stays whole."""
+    """Ctrl-C and SIGTERM end the run at the end of the episode, so that it can go on to the same bit. After SIGTERM an
+    episode that outlasts `patience` seconds is cut. A second signal ends the program at once: the last checkpoint
+    stays whole."""
 
-    def __init__(self, patience: float = 10.0):
-        self.patience, self.signal, self.deadline = patience, 0, math.inf
+    def __init__(self, patience: float = 5.0):
+        self.patience, self.number, self.deadline, self.handlers = patience, 0, math.inf, {}
 
     def __enter__(self) -> "StopSignal":
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.on_signal)
         return self
 
-    def note(self, number: int, frame: Any) -> None:
-        self.signal, self.deadline = number, time.monotonic() + self.patience
+    def on_signal(self, number: int, frame: Any) -> None:
+        self.number = number
+        if number == signal.SIGTERM:
+            self.deadline = time.monotonic() + self.patience
         self.__exit__()
+        print("\nstopping at the end of this episode; a second signal stops at once", file=sys.stderr)
 
     def to_stop(self, episode_over: bool) -> bool:
-        return self.signal != 0 and (episode_over or time.monotonic() > self.deadline)
+        return self.number != 0 and (episode_over or time.monotonic() > self.deadline)
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.handlers.items():
@@ -918,20 +981,29 @@ class StopSignal:
 
 def open_run(args: Any) -> tuple[Path, Optional[dict]]:
     """The run folder, and with --resume its checkpoint. Nothing that is there already is overwritten."""
-    if args.resume:
-        run_dir, checkpoint = Path(args.resume), load_checkpoint(Path(args.resume))
-    else:
-        env_name = args.env_id.replace("/", "-").replace(":", "-")
-        name = f"{env_name}__{ALGORITHM}__{args.seed}__{int(time.time())}"
-        run_dir, checkpoint = Path(args.run_dir or Path("runs") / name), None
-        while args.run_dir is None and run_dir.exists():  # two runs of one second
-            run_dir = run_dir.with_name(run_dir.name + "x")
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            stop(f"{run_dir} is not empty: name another --run-dir, or go on with --resume {run_dir}")
-        run_dir.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-    (run_dir / "args.tmp").write_text(settings + "\n")
-    os.replace(run_dir / "args.tmp", run_dir / "args.json")
+    checkpoint = load_checkpoint(Path(args.resume)) if args.resume is not None else None
+    if checkpoint and checkpoint["step"] >= args.total_timesteps:
+        stop(f"{args.resume} has taken {checkpoint['step']:,} steps already: raise --total-timesteps to go on")
+    env_name = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"{env_name}__{ALGORITHM}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
+    try:
+        while args.resume is None:
+            try:
+                run_dir.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if args.run_dir is None:  # another run of the same second
+                    run_dir = run_dir.with_name(run_dir.name + "x")
+                elif run_dir.is_dir() and not any(run_dir.iterdir()):
+                    break
+                else:
+                    stop(f"{run_dir} is there and not empty: name another --run-dir, or go on with --resume {run_dir}")
+        settings = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+        (run_dir / "args.tmp").write_text(settings + "\n")
+        os.replace(run_dir / "args.tmp", run_dir / "args.json")
+    except OSError as error:
+        stop(f"{run_dir} can't be written: {error.strerror}")
     return run_dir, checkpoint
 
 
@@ -951,7 +1023,7 @@ def load_checkpoint(run_dir: Path) -> dict:
         stop(f"{run_dir} holds no checkpoint.pt: it is no run folder, or its run ended before the first checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no foreign code
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+    except Exception:  # damage shows in many ways
         stop(f"{path} is damaged or cut short: it can't be read")
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != ALGORITHM:
         stop(f"{path} is no checkpoint of {ALGORITHM}")
@@ -959,19 +1031,22 @@ def load_checkpoint(run_dir: Path) -> dict:
 
 
 def random_states() -> dict:
+    """Of all generators a script may use: none keeps one of its own."""
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
-        "python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda
-    }  # fmt: skip
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
 
 
 def set_random_states(states: dict) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, index)
 
 
 def seed_everything(seed: int) -> None:
@@ -983,13 +1058,12 @@ def seed_everything(seed: int) -> None:
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        stop(f"--device {name} is not to be had here: use auto, cpu or cuda[:index]")
-    print(f"device: {device}")
-    return device
+    if name.split(":")[0] in ("cpu", "cuda"):
+        try:
+            return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError):
+            pass
+    stop(f"--device {name} is not to be had here: use auto, cpu or cuda[:index]")
 
 
 def stop(message: str) -> None:
@@ -999,19 +1073,25 @@ def stop(message: str) -> None:
 
 
 def check_run_settings(args: Any) -> None:
-    for name in ("total_timesteps", "eval_episodes", "eval_max_steps", "episodes"):
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
-    for name in ("eval_every", "checkpoint_every", "seed"):
-        if getattr(args, name) < 0:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it can't be below 0")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            stop(f"--{name.replace('_', '-')} is {value}: it must be a finite number")
+    for least, names in (
+        (1, ("total_timesteps", "eval_episodes", "eval_max_steps", "episodes", "log_every")),
+        (0, ("eval_every", "checkpoint_every", "picture_every", "seed")),
+    ):
+        for name in names:
+            if getattr(args, name) < least:
+                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
+    if args.seed >= 2**31:
+        stop(f"--seed is {args.seed}: it must be below 2^31")
 
 
 def read_settings(run_dir: Path) -> Any:
     """The settings a run was started with."""
     try:
-        settings = json.loads((run_dir / "args.json").read_text())
-    except (OSError, ValueError):
+        settings = dict(json.loads((run_dir / "args.json").read_text()))
+    except (OSError, ValueError, TypeError):
         stop(f"{run_dir} is no run folder: it holds no args.json that can be read")
     if settings.pop("algorithm", None) != ALGORITHM:
         stop(f"{run_dir} is a run of another algorithm, not of {ALGORITHM}")
@@ -1040,17 +1120,22 @@ MAY_CHANGE = {  # when a run goes on: nothing that the learning depends on
 
 
 def parse_args(argv: Optional[list[str]] = None) -> Any:
-    args = command_line(argv, PRESETS)
-    folder = args.resume or args.evaluate
-    if folder is None:
+    words = sys.argv[1:] if argv is None else argv
+    args = command_line(words, PRESETS)
+    if args.resume is None and args.evaluate is None:
         return args
+    if args.resume is not None and args.evaluate is not None:
+        stop("--resume trains and --evaluate plays: give one of them")
+    if words[0] in PRESETS:
+        stop(f"the run's own settings are used: leave out the preset {words[0]!r}")
     # Go on with the run's own settings: they become the defaults, and what the user typed stands above them.
+    folder = args.evaluate if args.resume is None else args.resume
     saved = read_settings(Path(folder))
-    args = command_line(argv, {name: (text, saved) for name, (text, _) in PRESETS.items()})
+    args = command_line(words, {name: (text, saved) for name, (text, _) in PRESETS.items()})
     for name, value in asdict(saved).items():
         free = name in MAY_CHANGE or (name == "seed" and args.evaluate)  # a new seed to evaluate: other episodes
         if getattr(args, name) != value and not free:
-            stop(f"{folder} was started with --{name.replace('_', '-')} {value}, and that can't change now")
+            stop(f"{folder} has its own settings: --{name.replace('_', '-')} is {value} there and can't change now")
     return args
 
 

@@ -43,7 +43,9 @@ CASES = {
             ("--gamma 1.5", "--gamma"),
             ("--maze-scale 0", "--maze-scale"),
             ("--env-id Taxi-v4 --maze-scale 2", "--maze-scale"),
-            ("--log-every 0", "--log-every"),
+            ("--bonus nan", "--bonus"),
+            ("--initial-value inf", "--initial-value"),
+            ("--maze-scale 100", "--maze-scale"),
         ],
     ),
 }

@@ -104,8 +104,8 @@ def test_no_stored_transition_crosses_an_episodes_end(tmp_path):
 
 
 def test_a_time_limit_is_no_end(tmp_path):
-    """FrozenLake cuts at 200 steps: such rows are truncated, not terminated."""
-    flags = "frozenlake --total-timesteps 6000 --planning-steps 10 --picture-every 0 --replay-size 6000"
+    """Taxi cuts at 200 steps: such rows are truncated, not terminated."""
+    flags = "taxi --total-timesteps 6000 --planning-steps 10 --picture-every 0 --replay-size 6000"
     run_dir = helpers.run("dyna_q", flags, tmp_path / "r")
     *_, terminated, truncated = helpers.checkpoint(run_dir)["replay"]["columns"]
     lengths = helpers.scalars(run_dir)["charts/episodic_length"]
@@ -161,13 +161,65 @@ def test_environment_state_comes_back():
 
 def test_evaluation_is_repeatable_and_leaves_the_dice_alone():
     env = gym.make("FrozenLake-v1")
+
+    def new_policy():
+        return lambda s: random.randrange(4)
+
     before = block.random_states()
-    scores = [block.evaluate(lambda s: random.randrange(4), env, 20, seed=1, max_steps=50) for _ in range(2)]
+    scores = [block.evaluate(new_policy, env, 20, seed=1, max_steps=50) for _ in range(2)]
     assert scores[0] == scores[1]
     assert len(set(scores[0][1])) > 1
     assert helpers.differences(block.random_states(), before) == []
-    assert scores[0] != block.evaluate(lambda s: random.randrange(4), env, 20, seed=2, max_steps=50)
-    assert max(block.evaluate(lambda s: 0, gym.make("CliffWalking-v1"), 1, 1, max_steps=7)[1]) == 7
+    assert scores[0] != block.evaluate(new_policy, env, 20, seed=2, max_steps=50)
+    assert block.evaluate(lambda: lambda s: 0, gym.make("CliffWalking-v1"), 2, 1, max_steps=7)[1] == [7, 7]
+
+
+def test_each_evaluation_episode_has_a_policy_of_its_own():
+    """A policy may remember: its memory must not reach the next episode."""
+
+    def new_policy():
+        seen = []
+
+        def policy(obs):
+            seen.append(obs)
+            return 3 if len(seen) == 1 else 0  # right once, then up
+
+        return policy
+
+    env, firsts = gym.make("CliffWalking-v1"), []
+    env.step = lambda action, step=env.step: firsts.append(action) or step(action)
+    block.evaluate(new_policy, env, 3, 1, max_steps=4)
+    assert firsts == [3, 0, 0, 0] * 3
+
+
+def test_environment_state_with_arrays_can_be_read_back(tmp_path):
+    class Remembers(gym.Env):
+        observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(2)
+        memory = np.arange(3.0)
+
+        def state_dict(self):
+            return {"memory": self.memory, "list": [np.ones(2), 1]}
+
+        def load_state_dict(self, state):
+            self.memory = np.asarray(state["memory"])
+
+    env = Remembers()
+    env.unwrapped.np_random = np.random.Generator(np.random.MT19937(3))  # its state holds an array
+    block.save_checkpoint(tmp_path, env=block.env_state(env))
+    first = env.np_random.random()
+    env.memory = np.zeros(3)
+    block.set_env_state(env, block.load_checkpoint(tmp_path)["env"])
+    assert env.np_random.random() == first
+    assert env.memory.tolist() == [0, 1, 2]
+
+
+def test_long_films_are_thinned_and_large_ones_shrunk(tmp_path):
+    frames = [np.full((4, 4, 3), i % 256, np.uint8) for i in range(700)]
+    block.save_gif(frames, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert 200 < film.n_frames <= 300
+    assert block.thumbnail(np.zeros((480, 960, 3), np.uint8)).shape == (160, 320, 3)
+    assert block.thumbnail(np.zeros((100, 200, 3), np.uint8)).shape == (100, 200, 3)
 
 
 @settings(deadline=None, max_examples=20)
@@ -194,8 +246,13 @@ def test_log_means_shares_and_due(tmp_path):
     log.flush(20)
     log.writer.close()
     assert helpers.scalars(tmp_path)["losses/x"] == {10: 2.5, 20: 7.0}
-    due = [step for step in range(0, 100, 7) if log.due("a", 20, step)]
-    assert due == [21, 42, 63, 84]
+    assert [step for step in range(0, 100, 7) if log.due("a", 20, step)] == [21, 42, 63, 84]
+    assert [step for step in range(100) if log.due("d", 20, step)] == [20, 40, 60, 80]
+    assert [step for step in range(100) if log.due("e", 20, step, wait_for=step % 15 == 0)] == [30, 45, 60, 90]
+    assert [step for step in range(100) if log.due("f", 20, step, wait_for=False)] == [40, 80]
+    weight = torch.ones(1, requires_grad=True)
+    log.mean("losses/y", (weight * 2).sum())
+    assert not log.sums["losses/y"].requires_grad  # else a whole window's graphs stay in memory
     assert not any(log.due("b", 0, step) for step in range(100))
     assert sum(log.due("c", 1, step, at_most=3) for step in range(100)) == 3
 

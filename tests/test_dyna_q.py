@@ -48,10 +48,13 @@ def test_counted_model_holds_the_frequencies(transitions):
     model = remembered("expectation", transitions)
     for s in range(STATES):
         for a in range(ACTIONS):
-            seen = [(r, s2) for *pair, r, s2 in transitions if pair == [s, a]]
-            if seen:
-                expected = {outcome: seen.count(outcome) / len(seen) for outcome in seen}
-                assert {(r, s2): p for p, r, s2 in model.outcomes[s][a]} == pytest.approx(expected)
+            after = [s2 for *pair, _, s2 in transitions if pair == [s, a]]
+            if after:
+                assert {s2: p for p, _, s2 in model.outcomes[s][a]} == pytest.approx(
+                    {s2: after.count(s2) / len(after) for s2 in after}
+                )
+            for _, mean, s2 in model.outcomes[s][a] if after else []:
+                assert mean == pytest.approx(np.mean([x[2] for x in transitions if (x[0], x[1], x[3]) == (s, a, s2)]))
 
 
 @given(experience, st.sampled_from(["deterministic", "sample"]))
@@ -129,7 +132,7 @@ def test_plan_is_the_box_with_a_dictionary(transitions, seed, bonus):
         table[s, a] += alpha * (r + gamma * max(table[s2, b] for b in range(ACTIONS)) - table[s, a])
 
     random.seed(seed)
-    assert dyna_q.plan(Q, model, n, alpha, gamma, bonus, now) == n
+    dyna_q.plan(Q, model, n, alpha, gamma, bonus, now)
     assert np.array(Q).flatten() == pytest.approx([table[key] for key in sorted(table)])
     assert Q[STATES] == [0.0] * ACTIONS
 
@@ -223,7 +226,7 @@ def test_sweeping_is_the_box_with_lists(transitions, n, kind):
             best = max(waiting.values())
             s, a = min(pair for pair, p in waiting.items() if p == best)
             del waiting[s, a]
-            table[s][a] += alpha * (target(s, a) - table[s][a])
+            table[s][a] += (alpha if kind == "deterministic" else 1.0) * (target(s, a) - table[s][a])
             pushed = [pair for pair in seen if leads_to(*pair, s)]
             updates += 1
         assert made == updates
@@ -324,6 +327,15 @@ def test_a_finer_maze_is_as_much_longer(scale):
     assert shortest(gym.make("DynaMaze-v0", scale=scale)) == 13 * scale + 1  # the goal is any part of its cell
 
 
+def test_the_world_changes_after_so_many_steps_and_not_during_the_last():
+    env = gym.make("ShortcutMaze-v0").unwrapped
+    for clock, opened in ((2_999, False), (3_000, True)):  # the 3,000th step, the 3,001st
+        env.reset()
+        env.load_state_dict({"clock": clock})
+        env.state = 4 * 9 + 8  # below the new door
+        assert (env.step(0)[0] == 3 * 9 + 8) == opened
+
+
 def test_maze_map_and_moves():
     env = gym.make("DynaMaze-v0", render_mode="rgb_array")
     grid = env.unwrapped.desc
@@ -365,6 +377,47 @@ def test_spaces_that_do_not_start_at_zero(tmp_path):
     run_dir = helpers.run("dyna_q", flags, tmp_path / "r")
     final = helpers.scalars(run_dir)["eval/episodic_length"]
     assert final[max(final)] == 4
+
+
+def test_a_reward_that_is_no_number_stops_the_run(tmp_path, capsys):
+    class Broken(gym.Env):
+        observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return 0, {}
+
+        def step(self, action):
+            return 1, float("nan"), False, False, {}
+
+    gym.register("Broken-v0", entry_point=Broken)
+    with pytest.raises(SystemExit) as exit:
+        helpers.run("dyna_q", "--env-id Broken-v0 --picture-every 0", tmp_path / "r")
+    assert exit.value.code == 2
+    assert "nan" in capsys.readouterr().err
+
+
+def test_an_environment_of_the_users_own(tmp_path):
+    """In a module in the folder where the user stands; its episodes have no end of their own."""
+    (tmp_path / "corridor.py").write_text(
+        "import gymnasium as gym\n"
+        "class Corridor(gym.Env):\n"
+        "    observation_space, action_space = gym.spaces.Discrete(9), gym.spaces.Discrete(2)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        self.s = 0\n"
+        "        return 0, {}\n"
+        "    def step(self, action):\n"
+        "        self.s = min(max(self.s + 2 * action - 1, 0), 8)\n"
+        "        return self.s, float(self.s == 8), False, False, {}\n"
+        "gym.register('Corridor-v0', entry_point=Corridor)\n"
+    )
+    flags = "--env-id corridor:Corridor-v0 --total-timesteps 1500 --eval-max-steps 20 --checkpoint-every 100"
+    process = helpers.command("dyna_q", *flags.split(), "--run-dir", "run", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "return 13.00" in out  # 7 steps to the end, and there for the 13 that are left
+    assert sorted(helpers.checkpoint(tmp_path / "run")["log"]["last"]["checkpoint"]) == [7, 1400]
 
 
 def test_open_loop_error_counts_wrong_ends():
@@ -418,7 +471,7 @@ def test_picture_shows_the_path_and_the_values():
 
 def random_episodes(env_id, episodes, max_steps):
     env = gym.make(env_id)
-    return dyna_q.evaluate(lambda s: random.randrange(env.action_space.n), env, episodes, 1, max_steps)
+    return dyna_q.evaluate(lambda: lambda s: random.randrange(env.action_space.n), env, episodes, 1, max_steps)
 
 
 def last(run_dir, tag):

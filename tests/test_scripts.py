@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 import signal
 import time
@@ -167,24 +168,27 @@ def test_stop_and_resume_equal_one_run_to_the_bit(name, number, tmp_path, quick,
 
 
 @name_of
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(name, tmp_path, quick):
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(name, tmp_path):
     """SIGKILL, which nothing can catch; then --resume to the end, and the run is the straight one."""
-    flags = f"{CASES[name].quick} --checkpoint-every 50 --run-dir {tmp_path / 'run'}".split()
     total = int(CASES[name].quick.split("--total-timesteps ")[1].split()[0])
-    process = helpers.command(name, *flags, "--total-timesteps", 1_000_000)
+    flags = f"{CASES[name].quick} --checkpoint-every {total // 2}"  # none inside an episode
+    process = helpers.command(name, *flags.split(), "--total-timesteps", 1_000_000, "--run-dir", tmp_path / "run")
     while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.5))
     process.kill()
     _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
-    step = helpers.checkpoint(tmp_path / "run")["step"]
-    if step >= total:
-        pytest.skip("the machine was too slow to kill it in time")
-    helpers.run(name, f"--resume {tmp_path / 'run'} --total-timesteps {total}")
-    drop = ("/log/last",)  # when the next checkpoint is due; here they are more frequent
-    left = helpers.differences(helpers.checkpoint(tmp_path / "run"), helpers.checkpoint(quick(name)))
-    assert [key for key in left if not key.startswith(drop)] == []
-    assert helpers.scalars(tmp_path / "run") == helpers.scalars(quick(name))
+    end = helpers.checkpoint(tmp_path / "run")["step"] + 300
+    helpers.run(name, f"--resume {tmp_path / 'run'} --total-timesteps {end}")
+    helpers.run(name, f"{flags} --total-timesteps {end}", tmp_path / "straight")
+    resumed, straight = helpers.checkpoint(tmp_path / "run"), helpers.checkpoint(tmp_path / "straight")
+    assert helpers.differences(resumed, straight) == []
+    # The killed run meant to go on: it evaluated at steps where the straight one ended.
+    curves, expected = helpers.scalars(tmp_path / "run"), helpers.scalars(tmp_path / "straight")
+    assert {tag: curve for tag, curve in curves.items() if not tag.startswith("eval/")} == {
+        tag: curve for tag, curve in expected.items() if not tag.startswith("eval/")
+    }
 
 
 @name_of
@@ -206,8 +210,7 @@ def test_cut_inside_an_episode_resumes_too(name, tmp_path, monkeypatch):
 def test_evaluate_scores_what_training_scored(name, tmp_path, quick, capsys):
     module, copy = helpers.module(name), shutil.copytree(quick(name), tmp_path / "run")
     saved = module.parse_args(["--evaluate", str(copy)])
-    episodes = max(saved.episodes, saved.eval_episodes)  # what training ends with
-    returns, _ = module.play(module.parse_args(["--evaluate", str(copy), "--episodes", str(episodes)]))
+    returns, _ = module.play(module.parse_args(["--evaluate", str(copy), "--episodes", str(saved.eval_episodes)]))
     final = helpers.scalars(copy)["eval/episodic_return"]
     assert sum(returns) / len(returns) == pytest.approx(final[max(final)], rel=1e-6)
     capsys.readouterr()
@@ -248,6 +251,12 @@ BAD += [
         ("--eval-every -1", "--eval-every"),
         ("--episodes 0", "--episodes"),
         ("--seed -1", "--seed"),
+        ("--seed 5000000000", "--seed"),
+        ("--log-every 0", "--log-every"),
+        ("--env-id :", "can't be made"),
+        ("--device meta", "--device"),
+        ("--resume a --evaluate b", "one of them"),
+        ("--run-dir /proc/no_such_place/run", "/proc/no_such_place/run"),
         ("--env-id NoSuchTask-v0", "NoSuchTask"),
         ("--env-id no_such_module:Task-v0", "no_such_module"),
         ("--device no_such_device", "--device"),
@@ -339,6 +348,16 @@ def test_a_folder_in_use_is_not_overwritten(name, tmp_path, quick, capsys):
     assert "--resume" in refused(name, [*CASES[name].quick.split(), "--run-dir", str(copy)], capsys)
     (tmp_path / "file").write_text("a file")
     refused(name, [*CASES[name].quick.split(), "--run-dir", str(tmp_path / "file")], capsys)
+    assert contents(copy) == before
+
+
+@name_of
+def test_a_finished_run_is_not_resumed_by_accident(name, tmp_path, quick, capsys):
+    copy = shutil.copytree(quick(name), tmp_path / "run")
+    before = contents(copy)
+    assert "--total-timesteps" in refused(name, ["--resume", str(copy)], capsys)
+    assert "--total-timesteps" in refused(name, ["--resume", str(copy), "--total-timesteps", "10"], capsys)
+    assert "preset" in refused(name, [next(iter(helpers.module(name).PRESETS)), "--resume", str(copy)], capsys)
     assert contents(copy) == before
 
 
