@@ -5,6 +5,7 @@
     python benchmarks/dyna_q_figures.py figure-8-5      # shortcut maze: Dyna-Q+ against Dyna-Q
     python benchmarks/dyna_q_figures.py sweeping        # updates until the greedy path is the shortest
     python benchmarks/dyna_q_figures.py frozenlake      # the greedy policy's exact value against the optimum
+    python benchmarks/dyna_q_figures.py presets         # what every preset's greedy policy scores
     python benchmarks/dyna_q_figures.py gif             # the value maps of the first episodes
     python benchmarks/dyna_q_figures.py all
 
@@ -175,7 +176,7 @@ def updates_until_shortest(job: tuple[str, int, float, int], limit: int = 60_000
     planner, scale, alpha, seed = job
     dyna_q.seed_everything(seed)
     env = gym.make("DynaMaze-v0", scale=scale, disable_env_checker=True)
-    moves, goal = env.unwrapped.next_states[0], set(env.unwrapped.goal.tolist())
+    moves, goal = env.unwrapped.next_states[0], env.unwrapped.goal
     states = env.observation_space.n
     Q = [[0.0] * 4 for _ in range(states + 1)]
     model, queue, updates = dyna_q.Model(states, 4, "deterministic", try_untried=False), dyna_q.PriorityQueue(), 0
@@ -189,7 +190,8 @@ def updates_until_shortest(job: tuple[str, int, float, int], limit: int = 60_000
             Q[s][a] += alpha * dyna_q.td_error(Q, s, a, r, s2, 0.95)
         model.learn(s, a, r, s2, now)
         if planner == "dyna":
-            updates += dyna_q.plan(Q, model, 5, alpha, 0.95, 0.0, now)
+            dyna_q.plan(Q, model, 5, alpha, 0.95, 0.0, now)
+            updates += 5
         else:
             updates += dyna_q.prioritized_sweeping(Q, model, queue, s, a, 5, alpha, 0.95, 1e-4)
         walker = start
@@ -256,6 +258,21 @@ def frozenlake(seeds: int, workers: int) -> None:
         print(f"| {label} | {' | '.join(cells)} | {(final[label] >= 0.98).sum()} of {seeds} | {first} |")
 
 
+def presets(seeds: int, workers: int) -> None:
+    """Every preset as it is: what the greedy policy scores at the end, and how long the run took."""
+    rows = []
+    print("\n| preset | steps | return | length | seconds |\n|-|-|-|-|-|")
+    for preset, (_, settings) in dyna_q.PRESETS.items():
+        start = time.time()
+        curves = run_all({preset: preset}, seeds, workers)[preset]
+        seconds = (time.time() - start) * workers / seeds
+        final = np.array([[c[f"eval/episodic_{x}"][-1][1] for x in ("return", "length")] for c in curves])
+        cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(*interval(final), strict=True)]
+        print(f"| `{preset}` | {settings.total_timesteps:,} | {' | '.join(cells)} | {seconds:.0f} |")
+        rows += [[preset, seed, *row] for seed, row in enumerate(final.tolist(), 1)]
+    write("presets", ["preset", "seed", "return", "length"], rows)
+
+
 def episodes_gif(seeds: int, workers: int) -> None:
     """The value maps at the ends of the first episodes, n = 0, 5 and 50 side by side (seed 1)."""
     films = []
@@ -276,6 +293,7 @@ EXPERIMENTS = {
     "figure-8-5": functools.partial(changing_maze, "figure_8_5", "shortcut", "Shortcut maze", 3_000),
     "sweeping": sweeping,
     "frozenlake": frozenlake,
+    "presets": presets,
     "gif": episodes_gif,
 }
 
@@ -283,7 +301,7 @@ EXPERIMENTS = {
 @dataclass
 class Args:
     experiment: tyro.conf.Positional[
-        Literal["figure-8-2", "figure-8-4", "figure-8-5", "sweeping", "frozenlake", "gif", "all"]
+        Literal["figure-8-2", "figure-8-4", "figure-8-5", "sweeping", "frozenlake", "presets", "gif", "all"]
     ]
     """Which figure."""
     seeds: int = 30

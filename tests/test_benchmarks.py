@@ -1,0 +1,58 @@
+"""The benchmarks still run, and what they compute is right."""
+
+import math
+
+import gymnasium as gym
+import helpers
+import house
+import numpy as np
+
+figures = house.load(helpers.ROOT / "benchmarks" / "dyna_q_figures.py")
+speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
+
+
+def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
+    speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
+    rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
+    assert len(rows) == 7 and all(float(row.split(",")[-1]) > 0 for row in rows)
+    assert capsys.readouterr().out.count("million updates/s") == 6
+
+
+def test_a_run_gives_its_curves():
+    curves = figures.run(["maze", "--total-timesteps", "600", "--eval-every", "200"])
+    assert [step for step, _ in curves["eval/episodic_return"]] == [200, 400, 600]
+
+
+def test_updates_until_the_shortest_path():
+    made = {planner: figures.updates_until_shortest((planner, 1, 1.0, 1)) for planner in ("dyna", "prioritized")}
+    assert made["prioritized"] < made["dyna"] < math.inf
+    assert figures.updates_until_shortest(("dyna", 1, 1.0, 1), limit=10) == math.inf
+
+
+def test_exact_values_agree_with_episodes():
+    env, gamma = gym.make("FrozenLake-v1"), 0.9
+    P = env.unwrapped.P
+    best = figures.exact_values(P, gamma)
+    q = np.array([[sum(p * (r + gamma * best[s2] * (not end)) for p, s2, r, end in P[s][a]) for a in P[s]] for s in P])
+    assert np.abs(best - np.max(q, axis=1)).max() < 1e-9  # Bellman's equation
+
+    def policy(s):
+        return int(np.argmax(q[s]))
+
+    assert np.abs(figures.exact_values(P, gamma, policy) - best).max() < 1e-9
+    rng, returns = np.random.default_rng(0), []
+    for _ in range(4_000):  # roll the policy out on P
+        s, discount, total, end = 0, 1.0, 0.0, False
+        while not end and discount > 1e-4:
+            outcomes = P[s][policy(s)]
+            _, s, r, end = outcomes[rng.choice(len(outcomes), p=[x[0] for x in outcomes])]
+            total, discount = total + discount * r, discount * gamma
+        returns.append(total)
+    assert abs(np.mean(returns) - best[0]) < 4 * np.std(returns) / len(returns) ** 0.5
+
+
+def test_interval_is_the_bootstraps():
+    samples = np.random.default_rng(1).normal(size=(400, 3))
+    mean, half = figures.interval(samples)
+    assert np.allclose(mean, samples.mean(0))
+    assert np.allclose(half, 1.96 * samples.std(0) / 20, rtol=0.15)
