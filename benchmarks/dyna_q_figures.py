@@ -87,10 +87,10 @@ def exact_values(P: dict, gamma: float, policy: Optional[Callable] = None) -> np
     return new
 
 
-def exact_evaluate(policy: Callable, env: gym.Env, *_) -> tuple[list[float], list[int]]:
+def exact_evaluate(new_policy: Callable, env: gym.Env, *_) -> tuple[list[float], list[int]]:
     """In place of dyna_q.evaluate: the policy's value on the true P instead of some episodes' mean."""
     start, _ = env.reset(seed=0)
-    return [exact_values(env.unwrapped.P, FROZENLAKE_GAMMA, policy)[start]], [0]
+    return [exact_values(env.unwrapped.P, FROZENLAKE_GAMMA, new_policy())[start]], [0]
 
 
 def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -259,18 +259,19 @@ def frozenlake(seeds: int, workers: int) -> None:
 
 
 def presets(seeds: int, workers: int) -> None:
-    """Every preset as it is: what the greedy policy scores at the end, and how long the run took."""
+    """Every preset as it is, a constant ε-greedy agent at the end and the greedy policy, and how long a run took."""
     rows = []
-    print("\n| preset | steps | return | length | seconds |\n|-|-|-|-|-|")
+    print("\n| preset | steps | last 20 training returns | greedy return | greedy length | seconds |\n|-|-|-|-|-|-|")
     for preset, (_, settings) in dyna_q.PRESETS.items():
         start = time.time()
         curves = run_all({preset: preset}, seeds, workers)[preset]
         seconds = (time.time() - start) * workers / seeds
-        final = np.array([[c[f"eval/episodic_{x}"][-1][1] for x in ("return", "length")] for c in curves])
+        final = np.array([[np.mean([v for _, v in c["charts/episodic_return"][-20:]]),
+                           *(c[f"eval/episodic_{x}"][-1][1] for x in ("return", "length"))] for c in curves])  # fmt: skip
         cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(*interval(final), strict=True)]
         print(f"| `{preset}` | {settings.total_timesteps:,} | {' | '.join(cells)} | {seconds:.0f} |")
         rows += [[preset, seed, *row] for seed, row in enumerate(final.tolist(), 1)]
-    write("presets", ["preset", "seed", "return", "length"], rows)
+    write("presets", ["preset", "seed", "training_return", "greedy_return", "greedy_length"], rows)
 
 
 def episodes_gif(seeds: int, workers: int) -> None:

@@ -23,6 +23,14 @@ def test_a_run_gives_its_curves():
     assert [step for step, _ in curves["eval/episodic_return"]] == [200, 400, 600]
 
 
+def test_an_exact_evaluation_takes_the_place_of_the_sampled_one(monkeypatch):
+    monkeypatch.setattr(figures.dyna_q, "evaluate", figures.dyna_q.evaluate)  # put back afterwards
+    curves = figures.run(["frozenlake", "--total-timesteps", "500", "--eval-every", "250"], exact=True)
+    best = figures.exact_values(gym.make("FrozenLake8x8-v1").unwrapped.P, 0.99)[0]
+    assert len(curves["eval/episodic_return"]) == 2
+    assert all(0 <= value <= best for _, value in curves["eval/episodic_return"])
+
+
 def test_updates_until_the_shortest_path():
     made = {planner: figures.updates_until_shortest((planner, 1, 1.0, 1)) for planner in ("dyna", "prioritized")}
     assert made["prioritized"] < made["dyna"] < math.inf
