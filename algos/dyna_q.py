@@ -453,10 +453,10 @@ def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Call
 def train(args: Args) -> Path:
     pick_device(args.device)
     print("device: cpu")  # whatever else there is: the tables are Python lists
-    env, eval_env = make_task(args), make_task(args, render=args.capture_video)
-    run_dir, checkpoint = open_run(args)
     seed_everything(args.seed)
+    env, eval_env = make_task(args), make_task(args, render=args.capture_video)
     env.action_space.seed(args.seed)
+    run_dir, checkpoint = open_run(args)
 
     terminal, actions = int(env.observation_space.n), int(env.action_space.n)
     Q = [[args.initial_value] * actions for _ in range(terminal)] + [[0.0] * actions]
@@ -516,7 +516,7 @@ def train(args: Args) -> Path:
             log.lap("policy")
 
             # (4) model: Model(S, A) ← R, S', after a look at what it would have said
-            surprised = not model.counts[s][a] or model.most_likely(s, a)[1:] != (r, s2)
+            surprised = not model.counts[s][a] or model.most_likely(s, a)[2] != s2
             log.mean("model/heldout_error", surprised)
             model.learn(s, a, r, s2, now=step)
             log.lap("model")
@@ -551,7 +551,7 @@ def train(args: Args) -> Path:
                 s, episode_return, episode_length = int(start), 0.0, 0
                 log.lap("env")
         save()
-    if stop_signal.number:
+    if stop_signal.number and step < args.total_timesteps:
         log.stopped(step, stop_signal.number)
     test()
     if args.picture_every:
@@ -695,7 +695,7 @@ def env_state(env: gym.Env) -> dict:
     """What an environment carries from one episode to the next: its generators, and what it says itself."""
     own = env.unwrapped.state_dict() if hasattr(env.unwrapped, "state_dict") else None
     generators = [x.np_random.bit_generator.state for x in (env.unwrapped, env.action_space)]
-    return arrays_to_tensors({"generators": generators, "own": own})
+    return {"generators": generators, "own": own}
 
 
 def set_env_state(env: gym.Env, state: dict, generators: bool = True) -> None:
@@ -710,8 +710,12 @@ def arrays_to_tensors(tree: Any) -> Any:
     """A checkpoint is read back as tensors and plain values only, so that no foreign code can hide in it."""
     if isinstance(tree, dict):
         return {key: arrays_to_tensors(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(arrays_to_tensors(value) for value in tree)
+    if isinstance(tree, list):
+        return [arrays_to_tensors(value) for value in tree]
+    if isinstance(tree, tuple):
+        return tuple(arrays_to_tensors(value) for value in tree)
+    if isinstance(tree, np.generic):
+        return tree.item()
     return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
@@ -810,6 +814,7 @@ def evaluate(
 
 def play(args: Any) -> tuple[list[float], list[int]]:
     """--evaluate: load a checkpoint, play, print the scores."""
+    seed_everything(args.seed)
     run_dir, checkpoint = Path(args.evaluate), load_checkpoint(Path(args.evaluate))
     env = make_task(args, render=args.capture_video)
     set_env_state(env, checkpoint["env"], generators=False)
@@ -862,6 +867,9 @@ class RunLog:
         self.sums, self.numbers, self.last = {}, {}, {}
         if checkpoint:
             vars(self).update(checkpoint["log"])
+            for path in [*run_dir.glob("frames/step_*"), *run_dir.glob("videos/step_*")]:
+                if int(path.stem.removeprefix("step_")) > step:
+                    path.unlink()
         else:
             rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
             self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|{rows}")
@@ -922,6 +930,7 @@ class RunLog:
         self.scalars(step, {"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)})
         if frames:
             save_gif(frames, self.run_dir / "videos" / f"step_{step:08d}.gif")
+            self.lap("log")
 
     def picture(self, step: int, image: np.ndarray) -> None:
         """To TensorBoard, to the frames of picture.gif, and as the latest picture.png."""
@@ -952,24 +961,23 @@ class RunLog:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM end the run at the end of the episode, so that it can go on to the same bit. After SIGTERM an
-    episode that outlasts `patience` seconds is cut. A second signal ends the program at once: the last checkpoint
-    stays whole."""
+    """Ctrl-C and SIGTERM end the run at the end of the episode, so that it can go on to the same bit; an episode that
+    outlasts 30 or 5 seconds is cut. A second signal ends the program at once: the last checkpoint stays whole."""
 
-    def __init__(self, patience: float = 5.0):
-        self.patience, self.number, self.deadline, self.handlers = patience, 0, math.inf, {}
+    PATIENCE = {signal.SIGINT: 30.0, signal.SIGTERM: 5.0}
+
+    def __init__(self):
+        self.number, self.deadline, self.handlers = 0, math.inf, {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.PATIENCE:
             self.handlers[number] = signal.signal(number, self.on_signal)
         return self
 
     def on_signal(self, number: int, frame: Any) -> None:
-        self.number = number
-        if number == signal.SIGTERM:
-            self.deadline = time.monotonic() + self.patience
+        self.number, self.deadline = number, time.monotonic() + self.PATIENCE[number]
         self.__exit__()
-        print("\nstopping at the end of this episode; a second signal stops at once", file=sys.stderr)
+        os.write(2, b"\nstopping at the end of this episode; a second signal stops at once\n")  # print may be under way
 
     def to_stop(self, episode_over: bool) -> bool:
         return self.number != 0 and (episode_over or time.monotonic() > self.deadline)
@@ -1011,7 +1019,7 @@ def save_checkpoint(run_dir: Path, **state: Any) -> None:
     """Written beside the old one, then renamed: a kill at any moment leaves a whole checkpoint."""
     path = run_dir / "checkpoint.pt"
     with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save({"algorithm": ALGORITHM, "random": random_states(), **state}, file)
+        torch.save(arrays_to_tensors({"algorithm": ALGORITHM, "random": random_states(), **state}), file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
@@ -1126,10 +1134,10 @@ def parse_args(argv: Optional[list[str]] = None) -> Any:
         return args
     if args.resume is not None and args.evaluate is not None:
         stop("--resume trains and --evaluate plays: give one of them")
-    if words[0] in PRESETS:
-        stop(f"the run's own settings are used: leave out the preset {words[0]!r}")
-    # Go on with the run's own settings: they become the defaults, and what the user typed stands above them.
     folder = args.evaluate if args.resume is None else args.resume
+    if preset := [word for word in words if word in PRESETS and word != folder]:
+        stop(f"the run's own settings are used: leave out the preset {preset[0]}")
+    # Go on with the run's own settings: they become the defaults, and what the user typed stands above them.
     saved = read_settings(Path(folder))
     args = command_line(words, {name: (text, saved) for name, (text, _) in PRESETS.items()})
     for name, value in asdict(saved).items():
@@ -1142,7 +1150,7 @@ def parse_args(argv: Optional[list[str]] = None) -> Any:
 def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     check_settings(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         play(args)
     else:
         train(args)

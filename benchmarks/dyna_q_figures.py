@@ -266,8 +266,10 @@ def presets(seeds: int, workers: int) -> None:
         start = time.time()
         curves = run_all({preset: preset}, seeds, workers)[preset]
         seconds = (time.time() - start) * workers / seeds
-        final = np.array([[np.mean([v for _, v in c["charts/episodic_return"][-20:]]),
-                           *(c[f"eval/episodic_{x}"][-1][1] for x in ("return", "length"))] for c in curves])  # fmt: skip
+        final = np.array(
+            [[np.mean([value for _, value in c["charts/episodic_return"][-20:]]),
+              c["eval/episodic_return"][-1][1], c["eval/episodic_length"][-1][1]] for c in curves]
+        )  # fmt: skip
         cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(*interval(final), strict=True)]
         print(f"| `{preset}` | {settings.total_timesteps:,} | {' | '.join(cells)} | {seconds:.0f} |")
         rows += [[preset, seed, *row] for seed, row in enumerate(final.tolist(), 1)]

@@ -1,7 +1,10 @@
 """One line for each file of algos/: what tests/test_scripts.py needs to know of it.
 
-quick     flags under which a run takes a second or two and every optimiser steps
+quick     flags under which a run takes a second or two and every optimiser steps. They hold --total-timesteps N; with
+          seed 1 an episode ends between N/2 and N, and none is longer than N/2 (stop and resume, kill); losses are
+          written before the end.
 options   a preset or none, and flags that change the code path; each runs with the quick flags too
+resume    presets or options for which stop and resume is shown too: each kind of state that a checkpoint holds
 bad       flags of a user's mistake, and a word that the one sentence must hold
 """
 
@@ -12,6 +15,7 @@ from dataclasses import dataclass, field
 class Case:
     quick: str
     options: list[str] = field(default_factory=list)
+    resume: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -29,6 +33,12 @@ CASES = {
             "--env-id CliffWalkingSlippery-v1 --model sample --bonus 0.1 --total-timesteps 4000",
             "maze --capture-video",
             "frozenlake --capture-video --eval-episodes 1",
+        ],
+        resume=[
+            "maze --planner prioritized --total-timesteps 4000",
+            "frozenlake --model sample",
+            "shortcut --total-timesteps 3400",
+            "blocking --total-timesteps 1500",
         ],
         bad=[
             ("--env-id CartPole-v1", "observations"),

@@ -18,19 +18,20 @@ from pathlib import Path
 # Definitions that say what an algorithm is, and so differ between files by design. All others of one name are copies.
 OWN = {"Args", "train", "check_settings", "load_policy", "make_task"}
 # What a package is imported as, where that is not its name.
-IMPORT_NAMES = {"pillow": "PIL", "pygame-ce": "pygame", "ale-py": "ale_py"}
+IMPORT_NAMES = {"pillow": "PIL", "pygame-ce": "pygame", "ale-py": "ale_py", "opencv-python-headless": "cv2"}
 # Needed without an import of their own: torch writes events with tensorboard, Gymnasium draws with pygame.
-NOT_IMPORTED = {"tensorboard", "pygame-ce", "mujoco", "ale-py"}
+NOT_IMPORTED = {"tensorboard", "pygame-ce", "mujoco", "ale-py", "glfw", "imageio", "opencv-python-headless"}
 SHARED_FLAGS = {
     "env_id", "seed", "device", "compile", "total_timesteps", "eval_every", "eval_episodes", "run_dir",
     "checkpoint_every", "resume", "evaluate", "episodes", "capture_video", "progress",
+    "log_every", "eval_max_steps", "picture_every",
 }  # fmt: skip
 DOCS_SECTIONS = [
     "Quick facts", "The idea", "Key equations", "Usage", "Logged metrics", "Details that matter",
     "Our settings against", "Results",
 ]  # fmt: skip
 TAG = re.compile(r"(?:charts|eval|losses|model|time)/[\w*]+")
-COMMAND = re.compile(r"(?:python|uv run)(?: -W ignore)? ((?:algos|benchmarks)/[\w.]+)((?: [^\s`#|&;)]+)*)")
+COMMAND = re.compile(r"(?:python3?|uv run) ((?:algos|benchmarks)/[\w.]+)((?: [^\s`#|&;)]+)*)")
 
 
 def scripts(root: Path) -> list[Path]:
@@ -86,6 +87,8 @@ def imports_are_declared(root: Path) -> list[str]:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add("." if node.level else node.module.split(".")[0])
+            elif isinstance(node, ast.Name) and node.id in ("__import__", "importlib", "exec", "runpy"):
+                imported.add(f"by {node.id} what no reader sees")
         for name in sorted(imported - declared - set(sys.stdlib_module_names)):
             wrong.append(f"{path.name} imports {name}, which its header does not name")
         for name in sorted(packages - NOT_IMPORTED):
@@ -103,6 +106,10 @@ def header_matches_requirements(root: Path) -> list[str]:
         for line in block.get("dependencies", []):
             if line not in ours.values():
                 wrong.append(f"{path.name} asks for {line}, requirements.txt does not")
+    asked = {line for path in scripts(root) for line in header(path).get("dependencies", [])}
+    for name, line in ours.items():
+        if line not in asked and name not in ("pytest", "hypothesis"):
+            wrong.append(f"requirements.txt asks for {line}, no script does")
     return wrong
 
 
@@ -124,7 +131,7 @@ def args_are_documented(root: Path) -> list[str]:
         documented = {
             field.target.id
             for field, doc in itertools.pairwise(body)
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and ast.literal_eval(doc.value).strip()
         }
         wrong += [f"{path.name}: Args.{name} has no docstring" for name in fields if name not in documented]
         wrong += [f"{path.name}: Args lacks {name}" for name in sorted(SHARED_FLAGS - set(fields))]
@@ -154,9 +161,9 @@ def steps_are_in_train(root: Path) -> list[str]:
         if not steps:
             wrong.append(f"{path.name}: no numbered steps in the docstring")
         source = ast.get_source_segment(path.read_text(), definitions(path)["train"])
-        for step in steps:
-            if not re.search(rf"^ *# \({step}\) ", source, flags=re.M):
-                wrong.append(f"{path.name}: step ({step}) of the docstring is not in train")
+        in_train = re.findall(r"^ *# \((\d+)\) ", source, flags=re.M)
+        if steps != in_train:
+            wrong.append(f"{path.name}: steps {steps} in the docstring, {in_train} in train")
     return wrong
 
 

@@ -198,7 +198,7 @@ def test_environment_state_with_arrays_can_be_read_back(tmp_path):
         memory = np.arange(3.0)
 
         def state_dict(self):
-            return {"memory": self.memory, "list": [np.ones(2), 1]}
+            return {"memory": self.memory, "list": [np.ones(2), np.float64(1.5), (np.int64(3), None)]}
 
         def load_state_dict(self, state):
             self.memory = np.asarray(state["memory"])
@@ -211,6 +211,55 @@ def test_environment_state_with_arrays_can_be_read_back(tmp_path):
     block.set_env_state(env, block.load_checkpoint(tmp_path)["env"])
     assert env.np_random.random() == first
     assert env.memory.tolist() == [0, 1, 2]
+    _, number, pair = block.load_checkpoint(tmp_path)["env"]["own"]["list"]
+    assert (number, pair) == (1.5, (3, None))
+
+
+def test_steps_taken_twice_are_shown_once(tmp_path):
+    """A run writes to step 100, is killed, and goes on from its checkpoint at step 50."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args, image = block.Args(progress=False), np.zeros((4, 4, 3), np.uint8)
+    log = block.RunLog(args, tmp_path, None)
+    for step in range(10, 101, 10):
+        log.scalars(step, {"losses/x": 1.0})
+        log.picture(step, image)
+    log.writer.close()
+    log = block.RunLog(args, tmp_path, {"step": 50, "log": {}})
+    assert len(list((tmp_path / "frames").iterdir())) == 5
+    for step in (60, 70):
+        log.scalars(step, {"losses/x": 2.0})
+    log.writer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
+    shown = events.Scalars("losses/x") if "losses/x" in events.Tags()["scalars"] else events.Tensors("losses/x")
+    assert [event.step for event in shown] == [10, 20, 30, 40, 50, 60, 70]
+    assert [event.step for event in events.Images("model/picture")] == [10, 20, 30, 40, 50]
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(block.time, "time", lambda: 1.0)
+    first, second = (block.open_run(block.Args())[0] for _ in range(2))
+    assert first != second
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_speed_counts_from_the_end_of_the_warm_up(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(block.time, "perf_counter", lambda: now[0])
+    log = block.RunLog(block.Args(progress=False), tmp_path, None)
+    now[0] = 100.0
+    log.lap("env")
+    log.start_clock(step=1_000)
+    now[0] = 102.0
+    log.lap("model")
+    now[0] = 104.0
+    log.lap("env")
+    log.flush(step=1_020)
+    log.writer.close()
+    written = helpers.scalars(tmp_path, clock=True)
+    assert written["charts/SPS"][1_020] == 5.0
+    assert written["time/model"][1_020] == written["time/env"][1_020] == 0.5
 
 
 def test_long_films_are_thinned_and_large_ones_shrunk(tmp_path):
@@ -274,6 +323,8 @@ def test_second_signal_is_the_old_handlers():
     with block.StopSignal() as asked:
         assert not asked.to_stop(True)
         signal.raise_signal(signal.SIGINT)
-        assert asked.to_stop(True) and not asked.to_stop(False)  # the episode may end
+        assert asked.to_stop(True) and not asked.to_stop(False)  # the episode may end, for a while
+        asked.deadline = 0.0
+        assert asked.to_stop(False)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -21,6 +21,9 @@ def test_every_script_has_its_case():
     assert sorted(CASES) == NAMES
 
 
+WRITTEN: dict[str, set[str]] = {}  # the tags of all runs so far
+
+
 def check_run(name, run_dir):
     """It learned, and wrote what it should."""
     written = helpers.scalars(run_dir, clock=True)
@@ -31,14 +34,19 @@ def check_run(name, run_dir):
     assert json.loads((run_dir / "args.json").read_text())["algorithm"] == name
     assert 0 < sum(curve[max(curve)] for tag, curve in written.items() if tag.startswith("time/")) < 1.01
     assert (run_dir / "picture.png").stat().st_size > 1_000
+    assert (run_dir / "picture.gif").stat().st_size > 1_000
+    explained = house.tags_on(helpers.ROOT / "docs" / f"{name}.md")
+    assert helpers.tags(run_dir) <= explained
+    WRITTEN[name] = WRITTEN.get(name, set()) | helpers.tags(run_dir)
     return helpers.checkpoint(run_dir)
 
 
 def check_learned(before, after):
-    """Every network and table that the checkpoint calls learned is another than at the start."""
-    assert before["learned"].keys() == after["learned"].keys()
-    for part in before["learned"]:
-        assert helpers.differences(before["learned"][part], after["learned"][part]), part
+    """Every tensor that the checkpoint calls learned is another than at the start; every optimiser has stepped."""
+    learned = helpers.leaves(after["learned"])
+    assert helpers.differences(before["learned"], after["learned"]) == sorted(learned)
+    steps = [value for key, value in helpers.leaves(after.get("optimisers", {})).items() if key.endswith("/step")]
+    assert all(value > 0 for value in steps)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +70,16 @@ PRESETS = [(name, preset) for name in NAMES for preset in helpers.module(name).P
 OPTIONS = [(name, flags) for name in NAMES for flags in CASES[name].options]
 
 
+def quickly(name, flags):
+    """The quick flags between the preset, if there is one, and the options, which override them."""
+    words = flags.split()
+    preset, options = (words[0], words[1:]) if words and not words[0].startswith("--") else ("", words)
+    return " ".join([preset, CASES[name].quick, *options]).strip()
+
+
 @pytest.mark.parametrize(("name", "flags"), PRESETS + OPTIONS)
 def test_every_preset_and_option_learns(name, flags, tmp_path):
-    words = flags.split()
-    preset, options = (words[0], words[1:]) if not words[0].startswith("--") else ("", words)
-    flags = " ".join([preset, CASES[name].quick, *options])
+    flags = quickly(name, flags)
     after = check_run(name, helpers.run(name, flags, tmp_path / "run"))
     check_learned(started_only(name, flags, tmp_path / "start"), after)
     if "--capture-video" in flags:
@@ -83,8 +96,20 @@ def check_film(path):
 
 
 @name_of
-def test_the_tags_written_are_the_tags_explained(name, tmp_path, quick):
-    assert helpers.tags(quick(name)) == house.tags_on(helpers.ROOT / "docs" / f"{name}.md")
+def test_every_tag_explained_is_written_by_some_run(name, quick):
+    written = WRITTEN.get(name, set()) | helpers.tags(quick(name))
+    assert written == house.tags_on(helpers.ROOT / "docs" / f"{name}.md")
+
+
+@name_of
+def test_settings_are_written_as_a_table(name, quick):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(quick(name))).Reload()
+    text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    settings = json.loads((quick(name) / "args.json").read_text())
+    assert "|seed|1|" in text
+    assert all(f"|{key}|" in text for key in settings if key != "algorithm")
 
 
 @name_of
@@ -97,6 +122,7 @@ def test_runs_alone_in_an_empty_folder(name, tmp_path):
     assert f"__{name}__1__" in run_dir.name
     assert f"tensorboard --logdir runs/{run_dir.name}" in out
     assert str(run_dir.relative_to(tmp_path) / "picture.png") in out
+    assert "device: " in out
     assert "steps/s" not in err  # no progress bar where there is no terminal
     check_run(name, run_dir)
 
@@ -149,22 +175,27 @@ def interrupt_after(monkeypatch, module, steps, number=signal.SIGTERM):
     monkeypatch.setattr(module.RunLog, "episode", episode)
 
 
-@name_of
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_and_resume_equal_one_run_to_the_bit(name, number, tmp_path, quick, monkeypatch, capsys):
-    module, total = helpers.module(name), int(CASES[name].quick.split("--total-timesteps ")[1].split()[0])
+RESUMES = [(name, "", number) for name in NAMES for number in (signal.SIGTERM, signal.SIGINT)]
+RESUMES += [(name, flags, signal.SIGTERM) for name in NAMES for flags in CASES[name].resume]
+
+
+@pytest.mark.parametrize(("name", "flags", "number"), RESUMES)
+def test_stop_and_resume_equal_one_run_to_the_bit(name, flags, number, tmp_path, monkeypatch, capsys):
+    module, flags = helpers.module(name), quickly(name, flags)
+    total = module.parse_args(flags.split()).total_timesteps
+    straight = helpers.run(name, flags, tmp_path / "straight")
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         interrupt_after(patch, module, total // 2, number)
         with pytest.raises(SystemExit) as exit:
-            helpers.run(name, CASES[name].quick, tmp_path / "run")
+            helpers.run(name, flags, tmp_path / "run")
     assert exit.value.code == 128 + number
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
     stopped_at = helpers.checkpoint(tmp_path / "run")["step"]
     assert total // 2 <= stopped_at < total
     helpers.run(name, f"--resume {tmp_path / 'run'}")
-    resumed, straight = helpers.checkpoint(tmp_path / "run"), helpers.checkpoint(quick(name))
-    assert helpers.differences(resumed, straight) == []
-    assert helpers.scalars(tmp_path / "run") == helpers.scalars(quick(name))
+    assert helpers.differences(helpers.checkpoint(tmp_path / "run"), helpers.checkpoint(straight)) == []
+    assert helpers.scalars(tmp_path / "run") == helpers.scalars(straight)
 
 
 @name_of
@@ -173,7 +204,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(name, tmp_path):
     total = int(CASES[name].quick.split("--total-timesteps ")[1].split()[0])
     flags = f"{CASES[name].quick} --checkpoint-every {total // 2}"  # none inside an episode
     process = helpers.command(name, *flags.split(), "--total-timesteps", 1_000_000, "--run-dir", tmp_path / "run")
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline or process.kill()
         time.sleep(0.02)
     time.sleep(random.uniform(0, 0.5))
     process.kill()
@@ -195,24 +228,43 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(name, tmp_path):
 def test_cut_inside_an_episode_resumes_too(name, tmp_path, monkeypatch):
     """Where an episode outlasts the patience, the run is cut, and the seam is no transition."""
     module = helpers.module(name)
-    original = module.StopSignal.__init__
-    monkeypatch.setattr(module.StopSignal, "__init__", lambda self: original(self, patience=-1.0))
+    monkeypatch.setattr(module.StopSignal, "PATIENCE", {signal.SIGTERM: -1.0, signal.SIGINT: -1.0})
     monkeypatch.setattr(module.RunLog, "flush", lambda self, step: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit):
         helpers.run(name, CASES[name].quick, tmp_path / "run")
     monkeypatch.undo()
-    before = helpers.checkpoint(tmp_path / "run")["step"]
-    helpers.run(name, f"--resume {tmp_path / 'run'} --total-timesteps {before + 300}")
-    assert helpers.checkpoint(tmp_path / "run")["step"] == before + 300
+    cut = helpers.checkpoint(tmp_path / "run")
+    assert cut["step"] not in helpers.scalars(tmp_path / "run").get("charts/episodic_return", {})
+    helpers.run(name, f"--resume {tmp_path / 'run'} --total-timesteps {cut['step'] + 300}")
+    after = helpers.checkpoint(tmp_path / "run")
+    assert after["step"] == cut["step"] + 300
+    if "replay" in after:  # its columns: obs, action, reward, next_obs, terminated, truncated
+        assert not cut["replay"]["columns"][5][cut["step"] - 1]
+        assert after["replay"]["columns"][5][cut["step"] - 1]
+
+
+@name_of
+def test_a_signal_in_the_last_episode_changes_nothing(name, tmp_path, quick, monkeypatch, capsys):
+    """The run is over anyway: it is finished, not stopped."""
+    module, total = helpers.module(name), int(CASES[name].quick.split("--total-timesteps ")[1].split()[0])
+    last = max(step for step in helpers.scalars(quick(name))["charts/episodic_return"])
+    interrupt_after(monkeypatch, module, last)
+    original = module.StopSignal.to_stop
+    monkeypatch.setattr(module.StopSignal, "to_stop", lambda self, over: original(self, over) and False)
+    helpers.run(name, CASES[name].quick, tmp_path / "run")
+    assert helpers.checkpoint(tmp_path / "run")["step"] == total
+    assert "tensorboard --logdir" in capsys.readouterr().out
 
 
 @name_of
 def test_evaluate_scores_what_training_scored(name, tmp_path, quick, capsys):
     module, copy = helpers.module(name), shutil.copytree(quick(name), tmp_path / "run")
     saved = module.parse_args(["--evaluate", str(copy)])
-    returns, _ = module.play(module.parse_args(["--evaluate", str(copy), "--episodes", str(saved.eval_episodes)]))
-    final = helpers.scalars(copy)["eval/episodic_return"]
-    assert sum(returns) / len(returns) == pytest.approx(final[max(final)], rel=1e-6)
+    scores = module.play(module.parse_args(["--evaluate", str(copy), "--episodes", str(saved.eval_episodes)]))
+    for tag, values in zip(("eval/episodic_return", "eval/episodic_length"), scores, strict=True):
+        final = helpers.scalars(copy)[tag]
+        assert sum(values) / len(values) == pytest.approx(final[max(final)], rel=1e-6)
+    returns, _ = scores
     capsys.readouterr()
     module.main(["--evaluate", str(copy), "--capture-video", "--episodes", "3"])
     out = capsys.readouterr().out
@@ -270,7 +322,7 @@ BAD += [
 @pytest.mark.parametrize(("name", "flags", "word"), BAD)
 def test_a_wrong_setting_stops_at_once(name, flags, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert word in refused(name, flags.split(), capsys)
+    assert word in refused(name, [*CASES[name].quick.split(), *flags.split()], capsys)
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
