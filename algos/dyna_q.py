@@ -41,7 +41,7 @@ Run (measured on 2 CPU cores, imports included; docs/dyna_q.md has curves of 30 
     python algos/dyna_q.py                            # the Dyna maze: 14 steps, the shortest path; 10 seconds
     python algos/dyna_q.py maze --planning-steps 0    # the same without planning: plain Q-learning
     python algos/dyna_q.py shortcut                   # Dyna-Q+: 10 steps, by the path that opens at step 3,000; 12 s
-    python algos/dyna_q.py frozenlake                 # a stochastic task, planned with expected updates; 21 seconds
+    python algos/dyna_q.py frozenlake                 # a stochastic task, planned with expected updates; 33 seconds
     python algos/dyna_q.py --env-id FrozenLake-v1 --model sample
 
 Deviations from the book:
