@@ -259,7 +259,7 @@ def frozenlake(seeds: int, workers: int) -> None:
 
 
 def presets(seeds: int, workers: int) -> None:
-    """Every preset as it is, a constant ε-greedy agent at the end and the greedy policy, and how long a run took."""
+    """Every preset as it is: what the ε-greedy agent earned last, what the greedy policy scores, and the seconds."""
     rows = []
     print("\n| preset | steps | last 20 training returns | greedy return | greedy length | seconds |\n|-|-|-|-|-|-|")
     for preset, (_, settings) in dyna_q.PRESETS.items():
