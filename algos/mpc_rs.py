@@ -5,6 +5,7 @@
 #     "numpy>=2.0,<3",
 #     "gymnasium>=1.1,<2",
 #     "mujoco>=3.3,<5",
+#     "imageio>=2.34,<3",
 #     "tyro>=1.0,<2",
 #     "tensorboard>=2.18,<3",
 #     "tqdm>=4.66,<5",
