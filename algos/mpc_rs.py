@@ -98,9 +98,9 @@ class Args:
     planner: Literal["random", "mppi"] = "random"
     """random: K uniform sequences, the best of them. mppi: K noisy copies of the last plan, averaged by their return
     (PDDM)."""
-    candidates: int = 500
+    candidates: int = 4_000
     """K: action sequences imagined for each real step."""
-    horizon: int = 20
+    horizon: int = 15
     """H: the length of each."""
     sigma: float = 0.5
     """mppi, Σ: standard deviation of the noise on the plan, as a share of half the action's range."""
@@ -124,7 +124,7 @@ class Args:
     """The share of a minibatch that is drawn from D_RL, once there is one; the rest is D_RAND."""
     learning_rate: float = 1e-3
     """Adam's step size."""
-    layers: int = 2
+    layers: int = 1
     """Hidden layers of the model."""
     hidden: int = 200
     """Units in each."""
@@ -142,7 +142,7 @@ class Args:
     """Write planned returns, losses and timings every this many steps (returns are written at each episode's end)."""
     eval_every: int = 1_000
     """Let the planner play in an environment of its own every this many steps; 0: only at the end."""
-    eval_episodes: int = 20
+    eval_episodes: int = 10
     """Episodes for each of those evaluations."""
     eval_max_steps: int = 1_000
     """Cut an evaluation episode here."""

@@ -1,0 +1,149 @@
+"""The figures of docs/mpc_rs.md, each from several seeds of `algos/mpc_rs.py`.
+
+    python benchmarks/mpc_rs_figures.py pendulum       # both planners, learned and true dynamics
+    python benchmarks/mpc_rs_figures.py cartpole       # the swing-up, learned and true dynamics
+    python benchmarks/mpc_rs_figures.py reacher        # MPPI against random shooting, equal model and budget
+    python benchmarks/mpc_rs_figures.py halfcheetah    # the paper's settings, one seed
+    python benchmarks/mpc_rs_figures.py pendulum --workers 1 --runs /tmp/runs
+
+Runs stay in the folder --runs: one that is there and finished is not made again, one that was stopped goes on. Each
+experiment writes benchmarks/results/mpc_rs_<name>.csv and docs/figures/mpc_rs_<name>.png, and prints its table.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+ROOT = Path(__file__).resolve().parent.parent
+MPPI = "--planner mppi --candidates 100 --horizon 20 --kappa 10"
+TRUE = "--dynamics true --total-timesteps 200"
+EXPERIMENTS = {  # label → command line, and the number of seeds
+    "pendulum": (
+        {
+            "random shooting": "pendulum",
+            "MPPI": f"pendulum {MPPI}",
+            "random shooting, true dynamics": f"pendulum {TRUE}",
+            "MPPI, true dynamics": f"pendulum {MPPI} {TRUE}",
+        },
+        5,
+    ),
+    "cartpole": (
+        {"MPPI": "cartpole", "MPPI, true dynamics": f"cartpole {TRUE}"},
+        5,
+    ),
+    "reacher": (
+        {"MPPI": "reacher", "random shooting": "reacher --planner random"},
+        5,
+    ),
+    "halfcheetah": (
+        {"random shooting": "halfcheetah"},
+        1,
+    ),
+}
+
+
+@dataclass
+class Args:
+    name: Annotated[Literal["pendulum", "cartpole", "reacher", "halfcheetah"], tyro.conf.Positional]
+    """Which experiment."""
+    runs: Path = Path("runs/mpc_rs_figures")
+    """Where the runs are kept."""
+    workers: int = max((os.cpu_count() or 2) // 2, 1)
+    """Runs at a time, each with one thread."""
+
+
+def run(job: tuple[Path, list[str]]) -> None:
+    """One training run in a process of its own; `seconds.json` beside its events counts its wall-clock."""
+    folder, flags = job
+    clock = folder.with_suffix(".json")
+    if clock.exists():
+        return
+    begun = (folder / "checkpoint.pt").exists()
+    command = ["--resume", str(folder)] if begun else [*flags, "--run-dir", str(folder)]
+    start = time.perf_counter()
+    script = [sys.executable, str(ROOT / "algos" / "mpc_rs.py")]
+    result = subprocess.run(
+        [*script, *command, "--no-progress"], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    clock.write_text(json.dumps({"seconds": time.perf_counter() - start, "resumed": begun}))
+
+
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    if tag in events.Tags()["scalars"]:
+        return [(e.step, e.value) for e in events.Scalars(tag)]
+    return [(e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors(tag)]
+
+
+def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and 95 % bootstrap half-width over the seeds, [seeds, ...] → [...]."""
+    rng = np.random.default_rng(0)
+    means = samples[rng.integers(len(samples), size=(2_000, len(samples)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return samples.mean(0), (high - low) / 2
+
+
+def main(args: Args) -> None:
+    variants, seeds = EXPERIMENTS[args.name]
+    folders = {
+        label: [args.runs / f"{args.name}_{number}_{seed}" for seed in range(1, seeds + 1)]
+        for number, label in enumerate(variants)
+    }
+    args.runs.mkdir(parents=True, exist_ok=True)
+    jobs = [(folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
+            for label, flags in variants.items() for seed in range(1, seeds + 1)]  # fmt: skip
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        for number, _ in enumerate(pool.imap(run, jobs), 1):
+            print(f"{number} of {len(jobs)} runs done", flush=True)
+
+    rows, figure = [], Figure(figsize=(7, 4), dpi=100)
+    axes = figure.add_subplot(xlabel="real environment steps", ylabel="evaluation return")
+    print(f"\n| {args.name} | final evaluation, each seed | mean | minutes a run |\n|-|-|-|-|")
+    for label, flags in variants.items():
+        evaluations, training = [], []
+        for seed, folder in enumerate(folders[label], 1):
+            for tag, kept in (("eval/episodic_return", evaluations), ("charts/episodic_return", training)):
+                kept.append(curve(folder, tag))
+                rows += [[label, seed, tag, step, f"{value:.4f}"] for step, value in kept[-1]]
+        final = np.array([points[-1][1] for points in evaluations])
+        mean, half = interval(final)
+        minutes = [json.loads(folder.with_suffix(".json").read_text())["seconds"] / 60 for folder in folders[label]]
+        each = ", ".join(f"{value:.1f}" for value in final)
+        shown = f"{mean:.1f} ± {half:.1f}" if len(final) > 1 else f"{mean:.1f}"
+        print(f"| `{flags}` | {each} | {shown} | {np.mean(minutes):.1f} |")
+        if "--dynamics true" in flags:
+            axes.axhline(mean, linestyle=":", color="black" if "MPPI" in label else "gray", label=label)
+            continue
+        means, halves = interval(np.array([[value for _, value in points] for points in training]))
+        steps = [step for step, _ in training[0]]
+        (line,) = axes.plot(steps, means, label=f"{label}, while learning")
+        axes.fill_between(steps, means - halves, means + halves, alpha=0.2, color=line.get_color())
+        means, halves = interval(np.array([[value for _, value in points] for points in evaluations]))
+        axes.errorbar([step for step, _ in evaluations[0]], means, halves, fmt="o", color=line.get_color(), capsize=3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "figures" / f"mpc_rs_{args.name}.png")
+    path = ROOT / "benchmarks" / "results" / f"mpc_rs_{args.name}.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["variant", "seed", "tag", "step", "value"], *rows])
+    print(f"\nwrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0]))
