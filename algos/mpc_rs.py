@@ -174,11 +174,17 @@ PRESETS = {
     ),
     "cartpole": (
         "this file's swing-up: a cart with a pole that hangs, a force on the cart",
-        Args(env_id="CartPoleSwingUp-v0", total_timesteps=3_000, planner="mppi"),
+        Args(
+            env_id="CartPoleSwingUp-v0", total_timesteps=2_000, planner="mppi", candidates=200, horizon=20,
+            sigma=0.7, kappa=20.0, layers=2, eval_every=500, eval_episodes=5,
+        ),
     ),
     "reacher": (
         "Reacher-v5: a two-link arm to a random target",
-        Args(env_id="Reacher-v5", total_timesteps=3_000, planner="mppi"),
+        Args(
+            env_id="Reacher-v5", total_timesteps=3_000, planner="mppi", candidates=500, sigma=0.3, kappa=30.0, layers=2,
+            random_steps=500, refit_every=500, eval_episodes=20,
+        ),
     ),
     "swimmer": (
         "Swimmer-v5 at the paper's sizes: K = 5,000, H = 20",
@@ -423,7 +429,7 @@ def heldout_metrics(predict: Predict, model: DynamicsModel, replay: "ReplayBuffe
         if sequences := windows(replay, first, horizon):
             errors = open_loop_errors(predict, sequences, state_scale(replay))
             metrics[f"model/open_loop_error_{horizon}"] = errors.mean().item()
-    return metrics
+    return {tag: value for tag, value in metrics.items() if math.isfinite(value)}  # a young model may overflow
 
 
 def draw_plans(
@@ -437,20 +443,19 @@ def draw_plans(
     for row, i in enumerate(shown):
         height = 0.76 / len(shown)
         axes = figure.add_axes((0.08, 0.88 - (row + 1) * height, 0.52, height * 0.9))
-        axes.plot(states[:, i], color="black", linewidth=1.2, label="happened")
+        axes.plot(states[:, i], color="black", linewidth=1.2)
         for t, planned in plans.items():
-            axes.plot(np.arange(t, t + len(planned)), planned[:, i], color="tab:orange", linewidth=1, label="planned")
+            axes.plot(np.arange(t, t + len(planned)), planned[:, i], color="tab:orange", linewidth=1)
         low, high = states[:, i].min(), states[:, i].max()
         margin = 0.3 * (high - low) + 1e-3  # a plan that leaves the picture is still a plan
         axes.set(ylabel=f"s[{i}]", ylim=(low - margin, high + margin), xlim=(0, len(states)))
         axes.tick_params(labelsize=7, labelbottom=row == len(shown) - 1)
     axes.set(xlabel="step of the episode")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[:2], labels[:2], fontsize=7, loc="upper right")
+    figure.legend(axes.lines[:2], ["happened", "planned"][: len(axes.lines)], fontsize=8, ncols=2, loc="upper left")
     axes = figure.add_axes((0.69, 0.12, 0.29, 0.76))
     axes.set(xlabel="steps without looking, h", ylabel="½ ‖s − ŝ‖², in deviations")
     if errors is not None:
-        axes.semilogy(np.arange(1, len(errors) + 1), np.maximum(errors, 1e-12), color="tab:blue")
+        axes.semilogy(np.arange(1, len(errors) + 1), np.clip(errors, 1e-12, 1e12), color="tab:blue")
     return figure_to_array(figure)
 
 

@@ -60,7 +60,7 @@ CASES = {
     ),
     "mpc_rs": Case(
         quick="--total-timesteps 1100 --random-steps 300 --refit-every 400 --epochs 3 --candidates 20 --horizon 5 "
-        "--hidden 16 --log-every 50 --eval-every 600 --eval-episodes 2 --eval-max-steps 60 --picture-every 500",
+        "--hidden 16 --log-every 50 --eval-every 600 --eval-episodes 3 --eval-max-steps 60 --picture-every 500",
         options=[
             "pendulum --planner mppi",
             "pendulum --learn-reward",
