@@ -316,7 +316,7 @@ def predictor(args: Args, model: Optional[DynamicsModel]) -> Predict:
                 return s2, r, ended
         return s2, task.reward(s, a, s2), task.ended(s2)
 
-    return torch.compile(predict) if args.compile else predict
+    return predict
 
 
 @torch.inference_mode()
@@ -493,13 +493,18 @@ def make_model(args: Args, env: gym.Env) -> Optional[DynamicsModel]:
     return DynamicsModel(state_size, action_size, args.layers, args.hidden, unread, heads)
 
 
+def planner_maker(args: Args, env: gym.Env, predict: Predict, device: torch.device) -> Callable[[], MPC]:
+    """Only the planner's own calls are compiled: all of them have one shape."""
+    return functools.partial(MPC, torch.compile(predict) if args.compile else predict, env.action_space, args, device)
+
+
 def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Callable[[Any], Any]]:
     """For --evaluate: what makes the planner of a checkpoint, anew for each episode."""
     device, model = pick_device(args.device), make_model(args, env)
     if model:
         model.load_state_dict(checkpoint["learned"])
         model.to(device)
-    return functools.partial(MPC, predictor(args, model), env.action_space, args, device)
+    return planner_maker(args, env, predictor(args, model), device)
 
 
 def train(args: Args) -> Path:
@@ -525,7 +530,7 @@ def train(args: Args) -> Path:
         set_env_state(env, checkpoint["env"])
         set_random_states(checkpoint["random"])
     predict = predictor(args, model)
-    new_policy = functools.partial(MPC, predict, env.action_space, args, device)
+    new_policy = planner_maker(args, env, predict, device)
     log = RunLog(args, run_dir, checkpoint)
 
     # These three look at the variables of the loop as they are when they are called.

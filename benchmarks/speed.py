@@ -8,6 +8,7 @@ of each counts. Quote ratios of one run.
 """
 
 import csv
+import functools
 import platform
 import random
 import sys
@@ -24,6 +25,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import dyna_q
+import mpc_rs
 
 
 def best_rates(variants: dict[str, tuple[Callable[[], object], float]], rounds: int) -> dict[str, float]:
@@ -110,6 +112,43 @@ def dyna_q_rates(rounds: int) -> dict[str, float]:
     )
 
 
+# ── mpc_rs: imagined steps ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def candidates_one_by_one(predict: mpc_rs.Predict, s: torch.Tensor, actions: torch.Tensor) -> None:
+    """The planner as one would first write it: a loop over candidates and steps, here over the first 10 candidates."""
+    with torch.inference_mode():
+        for k in range(10):
+            state, total = s[k : k + 1], 0.0
+            for a in actions[k]:
+                state, r, _ = predict(state, a[None])
+                total += r.item()
+
+
+def mpc_rs_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Imagined model steps per second, and the GFLOP/s that their matrix products come to."""
+    variants, flops = {}, {}
+    for name, flags in {
+        "HalfCheetah, 1,000 × 20, one layer of 500": ["halfcheetah"],
+        "HalfCheetah, 1,000 × 20, two layers of 500": ["halfcheetah", "--layers", "2"],
+        "Pendulum, 4,000 × 15, one layer of 200": ["pendulum"],
+    }.items():
+        args = mpc_rs.parse_args(flags)
+        env = mpc_rs.make_task(args)
+        model = mpc_rs.make_model(args, env)
+        planner = mpc_rs.MPC(mpc_rs.predictor(args, model), env.action_space, args, torch.device("cpu"))
+        obs, _ = env.reset(seed=0)
+        variants[name] = (lambda planner=planner, obs=obs: planner.plan(obs)), args.candidates * args.horizon
+        flops[name] = 2 * sum(layer.weight.numel() for layer in model.net[::2])
+        if name.endswith("one layer of 500"):
+            s = torch.as_tensor(obs, dtype=torch.float32).expand(args.candidates, -1)
+            actions = mpc_rs.uniform_sequences(planner.low, planner.high, args.candidates, args.horizon)
+            loop = functools.partial(candidates_one_by_one, planner.predict, s, actions)
+            variants["(HalfCheetah, a loop over candidates)"] = loop, 10 * args.horizon
+    rates = best_rates(variants, rounds)
+    return rates, {name: rates[name] * flops[name] / 1e9 for name in flops}
+
+
 @dataclass
 class Args:
     rounds: int = 30
@@ -126,6 +165,9 @@ def main(args: Args) -> None:
     print(f"{platform.machine()}, {args.threads} threads, {python}\n")
     rows = [("matrix product", name, "GFLOP/s", rate) for name, rate in matrix_product(args.rounds).items()]
     rows += [("dyna_q", name, "million updates/s", rate / 1e6) for name, rate in dyna_q_rates(args.rounds).items()]
+    steps, flops = mpc_rs_rates(args.rounds)
+    rows += [("mpc_rs", name, "million model steps/s", rate / 1e6) for name, rate in steps.items()]
+    rows += [("mpc_rs", name, "GFLOP/s", rate) for name, rate in flops.items()]
     print("| file | hot path | rate | unit |\n|-|-|-|-|")
     for file, name, unit, rate in rows:
         print(f"| {file} | {name} | {rate:.3g} | {unit} |")

@@ -14,7 +14,7 @@ speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
     rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
-    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q"}
+    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs"}
     assert all(float(row.split(",")[-1]) > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
 
@@ -65,3 +65,51 @@ def test_interval_is_the_bootstraps():
     mean, half = figures.interval(samples)
     assert np.allclose(mean, samples.mean(0))
     assert np.allclose(half, 1.96 * samples.std(0) / 20, rtol=0.15)
+
+
+def test_imagined_steps_are_counted_right(monkeypatch):
+    """The planner's floating-point operations: those of its matrix products, K · H times."""
+    monkeypatch.setattr(speed, "best_rates", lambda variants, rounds: {k: units for k, (_, units) in variants.items()})
+    steps, flops = speed.mpc_rs_rates(rounds=1)
+    pendulum = next(name for name in steps if name.startswith("Pendulum"))
+    assert steps[pendulum] == 60_000
+    assert flops[pendulum] * 1e9 == 60_000 * 2 * (4 * 200 + 200 * 3)
+
+
+def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    """Two short variants: the table, the CSV and the figure; the second time nothing is trained again."""
+    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
+    short = "--total-timesteps 400 --candidates 10 --horizon 3 --eval-episodes 1 --eval-every 200 --picture-every 0"
+    variants = {"shooting": f"pendulum {short}", "true": f"pendulum {short} --dynamics true"}
+    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2))
+    for folder in ("docs/figures", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    args = runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1)
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: InThisProcess())
+    runner.main(args)
+    table = capsys.readouterr().out
+    made = (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text()
+    assert (tmp_path / "docs/figures/mpc_rs_pendulum.png").stat().st_size > 5_000
+    final = [float(line.split(",")[4]) for line in made.splitlines() if line.startswith("shooting,") and ",400," in line
+             and "eval/" in line]  # fmt: skip
+    assert len(final) == 2 and ", ".join(f"{value:.1f}" for value in final) in table
+    monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: 1 / 0)
+    runner.main(args)
+    assert (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text() == made
+
+
+class InThisProcess:
+    """In place of a pool of processes, in which a test's changes would not be seen."""
+
+    def Pool(self, _):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    imap = staticmethod(map)

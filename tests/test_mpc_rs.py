@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import shutil
 
 import gymnasium as gym
 import helpers
@@ -518,6 +519,22 @@ def test_a_learned_end_is_seen_coming(tmp_path):
     s[:, 1] = torch.linspace(-0.4, 0.4, 41)
     *_, ended = model.predict(s, torch.zeros(41, 1))
     assert ended[0] and ended[-1] and not ended[15:26].any()
+
+
+@pytest.mark.learning  # for its minute of compiling
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_plans_are_those_of_eager_mode():
+    args, plans = Args(candidates=50, horizon=4, hidden=16), []
+    env = mpc_rs.make_task(args)
+    torch.manual_seed(0)
+    model = mpc_rs.make_model(args, env)
+    for args.compile in (False, True):
+        torch.manual_seed(1)
+        new_policy = mpc_rs.planner_maker(args, env, mpc_rs.predictor(args, model), torch.device("cpu"))
+        plans.append([new_policy().plan(np.array([0.5, 0.5, 1.0]))[0] for _ in range(2)])
+        assert hasattr(new_policy.args[0], "_torchdynamo_orig_callable") == args.compile
+    for eager, compiled in zip(*plans, strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-4)
 
 
 def test_any_environment_with_vectors_works(tmp_path):
