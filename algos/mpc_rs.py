@@ -377,7 +377,7 @@ class MPC:
             actions = uniform_sequences(self.low, self.high, args.candidates, args.horizon)
             returns = trusted(imagine(self.predict, s, actions)[1])
             # Eq. 4: A_t^(H) = argmax Σ r
-            return actions[returns.argmax()], returns.max()
+            return actions[returns.argmax()].clone(), returns.max()  # a view would keep all K alive
         scale = args.sigma * (self.high - self.low) / 2
         noise = filtered_noise(scale * torch.randn(args.candidates, *self.mean.shape, device=self.device), args.beta)
         actions = torch.clamp(self.mean + noise, self.low, self.high)

@@ -79,6 +79,7 @@ def test_random_shooting_finds_what_brute_force_finds(monkeypatch):
         assert return_by_hand(start, plan) == pytest.approx(return_by_hand(start, best), abs=1e-5)
         assert value.item() == pytest.approx(return_by_hand(start, best), abs=1e-4)
         assert policy(start.numpy()).tolist() == plan[0].tolist()
+        assert plan.untyped_storage().nbytes() == plan.nbytes  # no view of all candidates, which would stay in memory
 
 
 def test_more_candidates_come_nearer_to_brute_force():
