@@ -142,7 +142,7 @@ class Args:
     """Write planned returns, losses and timings every this many steps (returns are written at each episode's end)."""
     eval_every: int = 1_000
     """Let the planner play in an environment of its own every this many steps; 0: only at the end."""
-    eval_episodes: int = 10
+    eval_episodes: int = 5
     """Episodes for each of those evaluations."""
     eval_max_steps: int = 1_000
     """Cut an evaluation episode here."""
@@ -176,7 +176,7 @@ PRESETS = {
         "this file's swing-up: a cart with a pole that hangs, a force on the cart",
         Args(
             env_id="CartPoleSwingUp-v0", total_timesteps=2_000, planner="mppi", candidates=200, horizon=20,
-            sigma=0.7, kappa=20.0, layers=2, eval_every=500, eval_episodes=5,
+            sigma=0.7, kappa=20.0, layers=2, eval_every=500,
         ),
     ),
     "reacher": (

@@ -28,15 +28,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 ROOT = Path(__file__).resolve().parent.parent
+TEN = "--eval-episodes 10"
 MPPI = "--planner mppi --candidates 100 --horizon 20 --kappa 10"
 TRUE = "--dynamics true --total-timesteps 200"
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "pendulum": (
         {
-            "random shooting": "pendulum",
-            "MPPI": f"pendulum {MPPI}",
-            "random shooting, true dynamics": f"pendulum {TRUE}",
-            "MPPI, true dynamics": f"pendulum {MPPI} {TRUE}",
+            "random shooting": f"pendulum {TEN}",
+            "MPPI": f"pendulum {MPPI} {TEN}",
+            "random shooting, true dynamics": f"pendulum {TRUE} {TEN}",
+            "MPPI, true dynamics": f"pendulum {MPPI} {TRUE} {TEN}",
         },
         5,
     ),
