@@ -433,26 +433,26 @@ def heldout_metrics(predict: Predict, model: DynamicsModel, replay: "ReplayBuffe
 
 
 def draw_plans(
-    states: np.ndarray, plans: dict[int, np.ndarray], errors: Optional[np.ndarray], unread: int, title: str
+    states: np.ndarray, begin: int, plans: dict[int, np.ndarray], errors: Optional[np.ndarray], unread: int, title: str
 ) -> np.ndarray:
-    """The picture: left, what happened in an episode [T, D] and what was planned at some of its steps [H, D]; right,
-    how fast the model loses its way."""
+    """The picture: left, what happened in an episode [T, D] from step `begin` on and what was planned at some of its
+    steps [H, D]; right, how fast the model loses its way."""
     shown = range(unread, min(states.shape[1], unread + 4))
     figure = Figure(figsize=(9, 4.2), dpi=80)
     figure.suptitle(title, fontsize=11)
     for row, i in enumerate(shown):
         height = 0.76 / len(shown)
         axes = figure.add_axes((0.08, 0.88 - (row + 1) * height, 0.52, height * 0.9))
-        axes.plot(states[:, i], color="black", linewidth=1.2)
+        axes.plot(np.arange(begin, begin + len(states)), states[:, i], color="black", linewidth=1.2)
         for t, planned in plans.items():
             axes.plot(np.arange(t, t + len(planned)), planned[:, i], color="tab:orange", linewidth=1)
         low, high = states[:, i].min(), states[:, i].max()
         margin = 0.3 * (high - low) + 1e-3  # a plan that leaves the picture is still a plan
-        axes.set(ylabel=f"s[{i}]", ylim=(low - margin, high + margin), xlim=(0, len(states)))
+        axes.set(ylabel=f"s[{i}]", ylim=(low - margin, high + margin), xlim=(begin, begin + len(states)))
         axes.tick_params(labelsize=7, labelbottom=row == len(shown) - 1)
     axes.set(xlabel="step of the episode")
     figure.legend(axes.lines[:2], ["happened", "planned"][: len(axes.lines)], fontsize=8, ncols=2, loc="upper left")
-    axes = figure.add_axes((0.69, 0.12, 0.29, 0.76))
+    axes = figure.add_axes((0.73, 0.12, 0.25, 0.76))
     axes.set(xlabel="steps without looking, h", ylabel="½ ‖s − ŝ‖², in deviations")
     if errors is not None:
         axes.semilogy(np.arange(1, len(errors) + 1), np.clip(errors, 1e-12, 1e12), color="tab:blue")
@@ -547,19 +547,22 @@ def train(args: Args) -> Path:
         log.evaluation(step, new_policy, eval_env)
 
     def draw() -> None:
-        happened = replay.rows(np.arange(max(step - episode_length, 0), step))
+        begin = min(plans, default=0)  # planning may have begun inside this episode
+        rows = np.arange(step - episode_length + begin, step)[:200]  # the picture has room for so many
+        happened = replay.rows(rows)
         planned = {}
-        for t in range(0, len(plans), args.horizon):  # one after the other
-            states, _ = imagine(predict, happened.obs[t : t + 1], plans[t][None])
-            planned[t] = torch.cat([happened.obs[t : t + 1], states[0]]).cpu().numpy()
+        for t in range(0, len(rows) if plans else 0, args.horizon):  # one after the other
+            states, _ = imagine(predict, happened.obs[t : t + 1], plans[begin + t][None])
+            planned[begin + t] = torch.cat([happened.obs[t : t + 1], states[0]]).cpu().numpy()
         recent = max(step - 1_000, 0) if fitted_at in (0, step) else fitted_at
         sequences = windows(replay, recent, 50) or windows(replay, recent, 10)
         errors = open_loop_errors(predict, sequences, state_scale(replay)).cpu().numpy() if sequences else None
         title = f"{args.env_id}, {args.planner}: step {step:,}, return {episode_return:.1f}"
-        log.picture(step, draw_plans(happened.obs.cpu().numpy(), planned, errors, model.unread if model else 0, title))
+        unread = model.unread if model else 0
+        log.picture(step, draw_plans(happened.obs.cpu().numpy(), begin, planned, errors, unread, title))
 
     obs, _ = env.reset(seed=None if checkpoint else args.seed)
-    policy, plans, episode_return, episode_length = new_policy(), [], 0.0, 0
+    policy, plans, episode_return, episode_length = new_policy(), {}, 0.0, 0
     with StopSignal() as stop_signal:
         while step < args.total_timesteps:
             # (1) gather D_RAND
@@ -568,7 +571,7 @@ def train(args: Args) -> Path:
             else:
                 # (3) the action sequence of the best imagined return
                 plan, best = policy.plan(obs)
-                plans.append(plan)
+                plans[episode_length] = plan
                 # (4) execute its first action
                 a = plan[0].cpu().numpy()
                 log.mean("model/planned_return", best)
@@ -607,7 +610,7 @@ def train(args: Args) -> Path:
                 break
             if over and step < args.total_timesteps:
                 obs, _ = env.reset()
-                policy, plans, episode_return, episode_length = new_policy(), [], 0.0, 0
+                policy, plans, episode_return, episode_length = new_policy(), {}, 0.0, 0
                 log.lap("env")
         save()
     if stop_signal.number and step < args.total_timesteps:

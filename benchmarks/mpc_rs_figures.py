@@ -114,7 +114,7 @@ def main(args: Args) -> None:
             print(f"{number} of {len(jobs)} runs done", flush=True)
 
     rows, figure = [], Figure(figsize=(7, 4), dpi=100)
-    axes = figure.add_subplot(xlabel="real environment steps", ylabel="evaluation return")
+    axes = figure.add_subplot(xlabel="real environment steps", ylabel="return of an episode")
     print(f"\n| {args.name} | final evaluation, each seed | mean | minutes a run |\n|-|-|-|-|")
     for label, flags in variants.items():
         evaluations, training = [], []
@@ -136,7 +136,8 @@ def main(args: Args) -> None:
         (line,) = axes.plot(steps, means, label=f"{label}, while learning")
         axes.fill_between(steps, means - halves, means + halves, alpha=0.2, color=line.get_color())
         means, halves = interval(np.array([[value for _, value in points] for points in evaluations]))
-        axes.errorbar([step for step, _ in evaluations[0]], means, halves, fmt="o", color=line.get_color(), capsize=3)
+        axes.errorbar([step for step, _ in evaluations[0]], means, halves, fmt="o", color=line.get_color(), capsize=3,
+                      label=f"{label}, evaluation")  # fmt: skip
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "figures" / f"mpc_rs_{args.name}.png")

@@ -472,6 +472,27 @@ def test_d_rand_is_random_and_d_rl_is_planned(tmp_path):
     assert min(planned) > 400  # nothing was planned before
 
 
+def test_the_pictures_plans_stand_where_they_were_made(tmp_path, monkeypatch):
+    """D_RAND ends inside an episode: the first plan is that of step 50 of it, and each starts in its own state."""
+    drawn = []
+    original = mpc_rs.draw_plans
+    monkeypatch.setattr(mpc_rs, "draw_plans", lambda *args: drawn.append(args) or original(*args))
+    flags = f"{SHORT} --total-timesteps 200 --random-steps 50 --epochs 1 --picture-every 200"
+    run_dir = helpers.run("mpc_rs", flags, tmp_path / "r")
+    obs, action, *_ = helpers.checkpoint(run_dir)["replay"]["columns"]
+    states, begin, plans, *_ = drawn[0]
+    assert begin == 50 and list(plans) == list(range(50, 200, 5))
+    assert np.array_equal(states, obs[50:])
+    for t, planned in plans.items():
+        assert np.array_equal(planned[0], obs[t]) and planned.shape == (6, 3)
+    # The action that was executed is the plan's first: the model's step with it is the plan's first state.
+    args = mpc_rs.parse_args(["--evaluate", str(run_dir)])
+    model = mpc_rs.make_model(args, mpc_rs.make_task(args))
+    model.load_state_dict(helpers.checkpoint(run_dir)["learned"])
+    steps = model.predict(obs[50::5], action[50::5])[0].detach().numpy()
+    assert np.allclose(steps, [planned[1] for planned in plans.values()], atol=1e-4)
+
+
 def test_true_dynamics_learn_nothing_and_plan_from_the_first_step(tmp_path):
     run_dir = helpers.run("mpc_rs", f"{SHORT} --total-timesteps 400 --dynamics true", tmp_path / "r")
     curves = helpers.scalars(run_dir)
