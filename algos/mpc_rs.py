@@ -57,6 +57,10 @@ Deviations from the paper and the official code:
   - The noise on the data has the same scale in every normalised coordinate and is drawn anew for each minibatch; the
     official code draws it once, in proportion to the coordinate's mean, and none where that is negative.
   - The official code adds a little noise to the action it executes and stores the action without it: left out.
+  - Means and deviations are taken of all data at each fit, except in the presets of the paper's tasks, which take them
+    of D_RAND alone as the official code does. Biases start at 0, the code draws them like the weights.
+  - MPPI here plans with this file's one network, warm-started; PDDM has three, trained anew each time. Its equations
+    filter the noise, as this file does; its released code filters the action, from the last executed one on.
   - A state that the planner believes to be terminal earns nothing from there on.
 """
 
@@ -235,6 +239,7 @@ class DynamicsModel(nn.Module):
         for name, size in (("input", self.input_size), ("target", self.target_size)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("target_scale", torch.ones(self.target_size))
 
     def inputs(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return torch.cat([s[..., self.unread :], a], -1)
@@ -245,11 +250,13 @@ class DynamicsModel(nn.Module):
         return torch.cat([change, data.reward[..., None]], -1) if self.heads else change
 
     def set_normalizer(self, data: "Transitions") -> None:
-        """Means and deviations; what never changes in the data keeps the deviation 1."""
+        """Means and deviations; to divide by, what is constant in the data has the deviation 1."""
         for name, x in (("input", self.inputs(data.obs, data.action)), ("target", self.targets(data))):
             std = x.std(0, correction=0)
             getattr(self, f"{name}_mean").copy_(x.mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1.0))
+        # The goal of a reacher is part of its state and never moves: no error of the network may let it drift.
+        self.target_scale.copy_(torch.where(std > 1e-6, std, 0.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From normalised inputs to normalised targets (and the log-odds)."""
@@ -257,7 +264,7 @@ class DynamicsModel(nn.Module):
 
     def predict(self, s: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor], Any]:
         output = self((self.inputs(s, a) - self.input_mean) / self.input_std)
-        y = output[..., : self.target_size] * self.target_std + self.target_mean
+        y = output[..., : self.target_size] * self.target_scale + self.target_mean
         # Section IV-A: ŝ_{t+1} = ŝ_t + f̂_θ(ŝ_t, a_t)
         if not self.heads:
             return s + y, None, None
@@ -325,12 +332,13 @@ def predictor(args: Args, model: Optional[DynamicsModel]) -> Predict:
 @torch.inference_mode()
 def imagine(predict: Predict, s: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """s [K, D], actions [K, H, A]: the states [K, H, D] they are believed to lead to, and the returns [K]."""
-    states, returns, alive = [], torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
+    states, returns = [], torch.zeros(len(s), device=s.device)
+    alive = torch.ones(len(s), dtype=torch.bool, device=s.device)
     for a in actions.unbind(1):  # all candidates in one product a step
         s, r, ended = predict(s, a)
         # Eq. 4: Σ_{t'=t}^{t+H−1} r(ŝ_t', a_t'), up to a terminal state
-        returns = returns + alive * r
-        alive = alive * ~ended
+        returns = returns + torch.where(alive, r, 0.0)
+        alive = alive & ~ended
         states.append(s)
     return torch.stack(states, 1), returns
 
@@ -385,7 +393,7 @@ class MPC:
         noise = filtered_noise(scale * torch.randn(args.candidates, *self.mean.shape, device=self.device), args.beta)
         actions = torch.clamp(self.mean + noise, self.low, self.high)
         returns = trusted(imagine(self.predict, s, actions)[1])
-        plan = reward_weighted_mean(actions, returns, args.kappa)
+        plan = torch.clamp(reward_weighted_mean(actions, returns, args.kappa), self.low, self.high)  # for rounding
         self.mean = torch.cat([plan[1:], plan[-1:]])  # the next step's plan starts where this one goes on
         return plan, returns.max()
 
@@ -534,6 +542,8 @@ def train(args: Args) -> Path:
         set_random_states(checkpoint["random"])
     predict = predictor(args, model)
     new_policy = planner_maker(args, env, predict, device)
+    if model and args.total_timesteps < args.random_steps:
+        print(f"nothing will be learned: the first {args.random_steps:,} steps are random (--random-steps)")
     log = RunLog(args, run_dir, checkpoint)
 
     # These three look at the variables of the loop as they are when they are called.
@@ -550,22 +560,17 @@ def train(args: Args) -> Path:
         log.evaluation(step, new_policy, eval_env)
 
     def draw() -> None:
-        begin = min(plans, default=0)  # planning may have begun inside this episode
-        rows = np.arange(step - episode_length + begin, step)[:200]  # the picture has room for so many
-        happened = replay.rows(rows)
-        planned = {}
-        for t in range(0, len(rows) if plans else 0, args.horizon):  # one after the other
-            states, _ = imagine(predict, happened.obs[t : t + 1], plans[begin + t][None])
-            planned[begin + t] = torch.cat([happened.obs[t : t + 1], states[0]]).cpu().numpy()
-        recent = max(step - 1_000, 0) if fitted_at in (0, step) else fitted_at
+        begin = min(planned, default=0)  # planning may have begun inside this episode
+        happened = replay.rows(np.arange(step - episode_length + begin, step)[:200]).obs.cpu().numpy()
+        recent = fitted_at or max(step - 1_000, 0)  # the rows since the last fit
         sequences = windows(replay, recent, 50) or windows(replay, recent, 10)
         errors = open_loop_errors(predict, sequences, state_scale(replay)).cpu().numpy() if sequences else None
         title = f"{args.env_id}, {args.planner}: step {step:,}, return {episode_return:.1f}"
         unread = model.unread if model else 0
-        log.picture(step, draw_plans(happened.obs.cpu().numpy(), begin, planned, errors, unread, title))
+        log.picture(step, draw_plans(happened, begin, planned, errors, unread, title))
 
-    obs, _ = env.reset(seed=None if checkpoint else args.seed)
-    policy, plans, episode_return, episode_length = new_policy(), {}, 0.0, 0
+    obs = np.array(env.reset(seed=None if checkpoint else args.seed)[0])  # copied: some environments reuse theirs
+    policy, planned, episode_return, episode_length = new_policy(), {}, 0.0, 0
     with StopSignal() as stop_signal:
         while step < args.total_timesteps:
             # (1) at first act at random
@@ -574,26 +579,29 @@ def train(args: Args) -> Path:
             else:
                 # (2) the action sequence of the best imagined return
                 plan, best = policy.plan(obs)
-                plans[episode_length] = plan
+                if args.picture_every and len(planned) * args.horizon < 200 and episode_length % args.horizon == 0:
+                    s = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]
+                    planned[episode_length] = torch.cat([s, imagine(predict, s, plan[None])[0][0]]).cpu().numpy()
                 # (3) execute its first action
                 a = plan[0].cpu().numpy()
                 log.mean("model/planned_return", best)
             log.lap("plan")
 
             # (4) add (s_t, a_t, s_{t+1}) to D
-            next_obs, r, terminated, truncated, _ = env.step(a)
+            next_obs, r, terminated, truncated, _ = env.step(a.copy())
             step, r, over = step + 1, float(r), bool(terminated or truncated)
             if not math.isfinite(r) or not np.isfinite(next_obs).all():
                 stop(f"{args.env_id} gave the reward {r} and {next_obs} at step {step:,}: nothing to learn from")
             replay.add(obs, a, r, next_obs, terminated, truncated)
-            obs, episode_return, episode_length = next_obs, episode_return + r, episode_length + 1
+            obs, episode_return, episode_length = np.array(next_obs), episode_return + r, episode_length + 1
             log.lap("env")
 
             log.bar.update()
             if over:
                 log.episode(step, episode_return, episode_length)
-                if log.due("picture", args.picture_every, step, at_most=20):
-                    draw()
+            last = step == args.total_timesteps and args.picture_every
+            if over and log.due("picture", args.picture_every, step, at_most=20) or last:
+                draw()  # before the model has learned from what is drawn
             # (5) fit f̂_θ
             if model and step >= args.random_steps and (fitted_at == 0 or step - fitted_at >= args.refit_every):
                 if fitted_at:
@@ -612,15 +620,13 @@ def train(args: Args) -> Path:
             if stop_signal.to_stop(over):
                 break
             if over and step < args.total_timesteps:
-                obs, _ = env.reset()
-                policy, plans, episode_return, episode_length = new_policy(), {}, 0.0, 0
+                obs = np.array(env.reset()[0])
+                policy, planned, episode_return, episode_length = new_policy(), {}, 0.0, 0
                 log.lap("env")
         save()
     if stop_signal.number and step < args.total_timesteps:
         log.stopped(step, stop_signal.number)
     test()
-    if args.picture_every:
-        draw()
     log.finish(step)
     return run_dir
 
@@ -778,8 +784,12 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
     for name, space in (("actions", actions), ("observations", observations)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             stop(f"the planner needs {name} that are one vector of numbers, and those of {args.env_id} are {space}")
+    if not np.issubdtype(actions.dtype, np.floating):
+        stop(f"the actions of {args.env_id} are whole numbers ({actions}) and this planner wants real ones")
     if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
         stop(f"the action box of {args.env_id} has no bounds ({actions}): there is nothing to draw uniformly from")
+    if observations.dtype not in (np.float32, np.float64):  # whole numbers have no differences to learn
+        env = gym.wrappers.DtypeObservation(env, np.float32)
     return env
 
 
