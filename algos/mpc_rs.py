@@ -600,7 +600,7 @@ def train(args: Args) -> Path:
             if over:
                 log.episode(step, episode_return, episode_length)
             last = step == args.total_timesteps and args.picture_every
-            if over and log.due("picture", args.picture_every, step, at_most=20) or last:
+            if (over and log.due("picture", args.picture_every, step, at_most=20)) or last:
                 draw()  # before the model has learned from what is drawn
             # (5) fit f̂_θ
             if model and step >= args.random_steps and (fitted_at == 0 or step - fitted_at >= args.refit_every):
