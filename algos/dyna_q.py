@@ -1105,6 +1105,7 @@ def read_settings(run_dir: Path) -> Any:
         stop(f"{run_dir} is a run of another algorithm, not of {ALGORITHM}")
     if unknown := set(settings) ^ {field.name for field in fields(Args)}:
         stop(f"{run_dir} was written by another version of this file: {', '.join(sorted(unknown))} differ")
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     return Args(**{**settings, "resume": None, "evaluate": None})
 
 

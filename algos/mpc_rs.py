@@ -661,21 +661,27 @@ def pendulum_dynamics(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.cos(angle), torch.sin(angle), speed], -1)
 
 
-CART, POLE, LENGTH, FRICTION, GRAVITY, FORCE = 0.5, 0.5, 0.6, 0.1, 9.82, 10.0  # kg, kg, m, N s/m, m/s², N
+CART, POLE, LENGTH, INERTIA = 10.472, 5.019, 0.6, 0.1887  # kg, kg, m, kg m² about the pole's middle: PETS' bodies
+FRICTION, GRAVITY, FORCE = 1.0, 9.81, 100.0  # N s/m on the rail and N m s in the hinge, m/s², N for each unit of action
+RAIL = 2.5  # m to either side
 
 
 def cart_pole_derivative(s: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Of s = (x, x', θ, θ') under the force u, for a uniform rod that hangs at θ = 0."""
+    """Of s = (x, x', θ, θ') under the force u, for a pole that hangs at θ = 0."""
     _, v, angle, w = s.unbind(-1)
-    sin, cos, mass, push = torch.sin(angle), torch.cos(angle), CART + POLE, u - FRICTION * v
-    bottom = 4 * mass - 3 * POLE * cos**2
-    dv = (2 * POLE * LENGTH * w**2 * sin + 3 * POLE * GRAVITY * sin * cos + 4 * push) / bottom
-    dw = (-3 * POLE * LENGTH * w**2 * sin * cos - 6 * mass * GRAVITY * sin - 6 * push * cos) / (LENGTH * bottom)
+    sin, cos, lever = torch.sin(angle), torch.cos(angle), POLE * LENGTH / 2
+    # Two laws, for the push on the whole and the turn about the hinge:  [M+m, m l cos; m l cos, I + m l²] [x''; θ''] =
+    push = u - FRICTION * v + lever * w**2 * sin
+    turn = -lever * GRAVITY * sin - FRICTION * w
+    mass, moment = CART + POLE, INERTIA + lever * LENGTH / 2
+    bottom = mass * moment - (lever * cos) ** 2
+    dv = (moment * push - lever * cos * turn) / bottom
+    dw = (mass * turn - lever * cos * push) / bottom
     return torch.stack([v, dv, w, dw], -1)
 
 
 def cart_pole_dynamics(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """s = (x, x', cos θ, sin θ, θ'), a in [−1, 1]: 0.04 s, one step of Runge and Kutta's fourth order."""
+    """s = (x, x', cos θ, sin θ, θ'), a in [−3, 3]: 0.04 s, one step of Runge and Kutta's fourth order."""
     y = torch.stack([s[..., 0], s[..., 1], torch.atan2(s[..., 3], s[..., 2]), s[..., 4]], -1)
     u, h = FORCE * a[..., 0], 0.04
     k1 = cart_pole_derivative(y, u)
@@ -683,7 +689,10 @@ def cart_pole_dynamics(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     k3 = cart_pole_derivative(y + h / 2 * k2, u)
     k4 = cart_pole_derivative(y + h * k3, u)
     x, v, angle, w = (y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)).unbind(-1)
-    return torch.stack([x, v, torch.cos(angle), torch.sin(angle), w], -1)
+    cos, sin, lever = torch.cos(angle), torch.sin(angle), POLE * LENGTH / 2
+    stopped = x.abs() > RAIL  # the cart does not bounce; the pole takes the blow
+    w = torch.where(stopped, w + v * lever * cos / (INERTIA + lever * LENGTH / 2), w)
+    return torch.stack([x.clamp(-RAIL, RAIL), torch.where(stopped, 0.0, v), cos, sin, w], -1)
 
 
 def cart_pole_reward(s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
@@ -739,14 +748,15 @@ TASKS = {
 
 
 class CartPoleSwingUp(gym.Env):
-    """A cart on a rail, and a pole that hangs from it: swing it up and hold it there, by forces on the cart alone."""
+    """A cart on a rail, and a pole that hangs from it: swing it up and hold it there, by forces on the cart alone.
+    The task of PETS, with its bodies and its reward."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
 
     def __init__(self, render_mode: Optional[str] = None):
         self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float64)
-        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = gym.spaces.Box(-3, 3, (1,), np.float32)
 
     def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
@@ -755,7 +765,7 @@ class CartPoleSwingUp(gym.Env):
         return self.state, {}
 
     def step(self, action: np.ndarray):
-        s, a = torch.from_numpy(self.state), torch.as_tensor(action, dtype=torch.float64).clamp(-1, 1)
+        s, a = torch.from_numpy(self.state), torch.as_tensor(action, dtype=torch.float64).clamp(-3, 3)
         s2 = cart_pole_dynamics(s, a)
         self.state = s2.numpy()
         return self.state, float(cart_pole_reward(s, a, s2)), False, False, {}
@@ -763,10 +773,10 @@ class CartPoleSwingUp(gym.Env):
     def render(self) -> np.ndarray:
         picture = Image.new("RGB", (400, 240), "white")
         pen, (x, _, cos, sin, _) = ImageDraw.Draw(picture), self.state
-        column, row = 200 + 100 * x, 120
-        pen.line((0, row, 400, row), fill=(180, 180, 180), width=2)
+        column, row = 200 + 70 * x, 120
+        pen.line((200 - 70 * RAIL, row, 200 + 70 * RAIL, row), fill=(180, 180, 180), width=2)
         pen.rectangle((column - 20, row - 10, column + 20, row + 10), fill=(70, 70, 70))
-        pen.line((column, row, column + 100 * LENGTH * sin, row + 100 * LENGTH * cos), fill=(220, 60, 60), width=6)
+        pen.line((column, row, column + 120 * LENGTH * sin, row + 120 * LENGTH * cos), fill=(220, 60, 60), width=6)
         return np.asarray(picture)
 
 
@@ -1228,6 +1238,7 @@ def read_settings(run_dir: Path) -> Any:
         stop(f"{run_dir} is a run of another algorithm, not of {ALGORITHM}")
     if unknown := set(settings) ^ {field.name for field in fields(Args)}:
         stop(f"{run_dir} was written by another version of this file: {', '.join(sorted(unknown))} differ")
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     return Args(**{**settings, "resume": None, "evaluate": None})
 
 

@@ -93,4 +93,42 @@ CASES = {
             ("--kappa nan", "--kappa"),
         ],
     ),
+    "pets": Case(
+        quick="--total-timesteps 1100 --random-steps 300 --refit-every 400 --epochs 1 --candidates 10 --elites 3 "
+        "--iterations 2 --horizon 5 --hidden 16 --particles 5 --log-every 50 --eval-every 600 --eval-episodes 3 "
+        "--eval-max-steps 30 --picture-every 500",
+        options=[
+            "cartpole --model P --propagation TS1",
+            "cartpole --model DE --propagation E",
+            "cartpole --model D --optimizer random",
+            "cartpole --propagation DS --bf16",
+            "pendulum --propagation MM --learn-reward",
+            "--env-id MountainCarContinuous-v0",
+            "--env-id Hopper-v5",
+            "cartpole --dynamics true --capture-video",
+        ],
+        resume=[
+            "pendulum --learn-reward",
+            "halfcheetah",
+        ],
+        bad=[
+            ("--env-id CartPole-v1", "dyna_q.py"),
+            ("--candidates 0", "--candidates"),
+            ("--horizon 0", "--horizon"),
+            ("--elites 11", "--elites"),
+            ("--elites 0", "--elites"),
+            ("--particles 4", "--particles"),
+            ("--particles 6 --propagation TS1", "--particles"),
+            ("--members 0", "--members"),
+            ("--iterations 0", "--iterations"),
+            ("--alpha 1", "--alpha"),
+            ("--epsilon -1", "--epsilon"),
+            ("--layers 2", "--weight-decay"),
+            ("--weight-decay 1 2", "--weight-decay"),
+            ("--weight-decay -1", "--weight-decay"),
+            ("--dynamics true --env-id Reacher-v5", "Pendulum-v1"),
+            ("--dynamics true --learn-reward", "--learn-reward"),
+            ("--learning-rate 0", "--learning-rate"),
+        ],
+    ),
 }

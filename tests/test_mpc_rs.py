@@ -7,6 +7,7 @@ import shutil
 
 import gymnasium as gym
 import helpers
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -444,22 +445,71 @@ def test_unread_coordinates_do_not_matter_to_the_motion():
 
 
 def energy(s):
-    """Of cart and rod, with θ = 0 hanging: kinetic, of the rod's centre and about it, and height."""
+    """Of cart and pole, with θ = 0 hanging: kinetic, of the pole's middle and about it, and height."""
     _, v, angle, w = s
     m, M, length = mpc_rs.POLE, mpc_rs.CART, mpc_rs.LENGTH
     across, up = v + length / 2 * w * math.cos(angle), length / 2 * w * math.sin(angle)
-    kinetic = M * v**2 / 2 + m * (across**2 + up**2) / 2 + m * length**2 / 12 * w**2 / 2
+    kinetic = M * v**2 / 2 + m * (across**2 + up**2) / 2 + mpc_rs.INERTIA * w**2 / 2
     return kinetic - m * mpc_rs.GRAVITY * length / 2 * math.cos(angle)
 
 
-@given(*[st.floats(-3, 3)] * 4, st.floats(-10, 10))
+@given(*[st.floats(-3, 3)] * 4, st.floats(-300, 300))
 def test_the_cart_pole_keeps_its_books(x, v, angle, w, force):
-    """The energy changes by what force and friction do to the cart and by nothing else: d/dt E = (u − b v) v."""
+    """The energy changes by force and friction and by nothing else: d/dt E = (u − b v) v − b w²."""
     s, small = torch.tensor([x, v, angle, w], dtype=torch.float64), 1e-5
     derivative = mpc_rs.cart_pole_derivative(s, torch.tensor(force, dtype=torch.float64))
     before, after = (energy((s + sign * small * derivative).tolist()) for sign in (-1, 1))
-    power = (force - mpc_rs.FRICTION * v) * v
-    assert (after - before) / (2 * small) == pytest.approx(power, abs=1e-4)
+    power = (force - mpc_rs.FRICTION * v) * v - mpc_rs.FRICTION * w**2
+    assert (after - before) / (2 * small) == pytest.approx(power, abs=1e-3)
+
+
+PETS_CART_POLE = """<mujoco>
+  <option gravity="0 0 -9.81" integrator="RK4" timestep="0.02"/>
+  <default><joint damping="1"/><geom contype="0" conaffinity="0"/></default>
+  <worldbody>
+    <body>
+      <joint name="slide" type="slide" axis="1 0 0"/><geom type="capsule" size="0.1 0.1" quat="0.707 0 0.707 0"/>
+      <body><joint type="hinge" axis="0 -1 0"/><geom type="capsule" fromto="0 0 0 0 0 -0.6" size="0.049"/></body>
+    </body>
+  </worldbody>
+  <actuator><motor joint="slide" gear="100"/></actuator>
+</mujoco>"""
+
+
+def test_the_cart_pole_is_that_of_pets():
+    """MuJoCo, with the bodies of the official code's task, moves as the equations of the file do; and the reward."""
+    model = mujoco.MjModel.from_xml_string(PETS_CART_POLE)
+    data, rng = mujoco.MjData(model), np.random.default_rng(0)
+
+    def state():
+        (x, angle), (v, w) = data.qpos, data.qvel
+        return torch.tensor([x, v, math.cos(angle), math.sin(angle), w])
+
+    for _ in range(100):
+        data.qpos[:] = rng.uniform(-2, 2), rng.uniform(-4, 4)
+        data.qvel[:] = rng.uniform(-5, 5), rng.uniform(-8, 8)
+        s, a = state(), torch.tensor([rng.uniform(-3, 3)])
+        data.ctrl[:] = a
+        mujoco.mj_step(model, data, 2)
+        s2 = mpc_rs.cart_pole_dynamics(s, a)
+        if s2[0].abs() < mpc_rs.RAIL:
+            assert s2.numpy() == pytest.approx(state().numpy(), abs=5e-3)
+        tip = s2[0] + 0.6 * s2[3], -0.6 * s2[2]
+        reward = math.exp(-(tip[0] ** 2 + (tip[1] - 0.6) ** 2) / 0.36) - 0.01 * a.item() ** 2
+        assert mpc_rs.cart_pole_reward(s, a, s2).item() == pytest.approx(reward, abs=1e-5)
+
+
+def test_the_rail_ends():
+    """The cart stops there and the pole swings on: the blow, a force on the hinge, does not change its turning."""
+    s = torch.tensor([2.49, 4.0, math.cos(2.5), math.sin(2.5), 1.0], dtype=torch.float64)
+    push = torch.tensor([0.0], dtype=torch.float64)
+    x, v, cos, sin, w = mpc_rs.cart_pole_dynamics(s, push).tolist()
+    free = mpc_rs.cart_pole_dynamics(s - torch.tensor([2.0, 0, 0, 0, 0]), push).tolist()
+    assert x == 2.5 and v == 0.0 and [cos, sin] == free[2:4]
+    lever, moment = mpc_rs.POLE * 0.3, mpc_rs.INERTIA + mpc_rs.POLE * 0.09
+    # about the hinge, L = (I + m l²) θ' + m l cos θ x': the same before and after
+    assert moment * w == pytest.approx(moment * free[4] + lever * cos * free[1])
+    assert mpc_rs.cart_pole_dynamics(-s * torch.tensor([1, 1, -1, 1, 1]), push)[0] == -2.5
 
 
 def test_the_cart_poles_step_is_fine_enough():
