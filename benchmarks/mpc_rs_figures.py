@@ -66,16 +66,16 @@ class Args:
     """Runs at a time, each with one thread."""
 
 
-def run(job: tuple[Path, list[str]]) -> None:
-    """One training run in a process of its own; `seconds.json` beside its events counts its wall-clock."""
-    folder, flags = job
+def run(job: tuple[str, Path, list[str]]) -> None:
+    """One training run of a script in a process of its own; a .json beside the folder holds its wall-clock."""
+    name, folder, flags = job
     clock = folder.with_suffix(".json")
     if clock.exists():
         return
     begun = (folder / "checkpoint.pt").exists()
     command = ["--resume", str(folder)] if begun else [*flags, "--run-dir", str(folder)]
     start = time.perf_counter()
-    script = [sys.executable, str(ROOT / "algos" / "mpc_rs.py")]
+    script = [sys.executable, str(ROOT / "algos" / f"{name}.py")]
     result = subprocess.run(
         [*script, *command, "--no-progress"], env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -107,7 +107,7 @@ def main(args: Args) -> None:
         for number, label in enumerate(variants)
     }
     args.runs.mkdir(parents=True, exist_ok=True)
-    jobs = [(folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
+    jobs = [("mpc_rs", folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
             for label, flags in variants.items() for seed in range(1, seeds + 1)]  # fmt: skip
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for number, _ in enumerate(pool.imap(run, jobs), 1):
