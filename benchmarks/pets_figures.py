@@ -34,7 +34,7 @@ from mpc_rs_figures import curve, interval, run
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SHORT = "--eval-episodes 1 --picture-every 0"
+SHORT = "--total-timesteps 1600 --eval-episodes 1 --picture-every 0"
 LAPTOP = "--particles 5 --candidates 100 --elites 10 --iterations 4 --horizon 20 --layers 3 --weight-decay 5e-5"
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "cartpole": (
@@ -43,7 +43,7 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
     ),
     "ablation": (
         {
-            "PE-TS∞": f"cartpole {SHORT}",
+            "PE-TS∞": "cartpole",  # the runs of the first experiment, up to the last step of the others
             "PE-TS1": f"cartpole --propagation TS1 {SHORT}",
             "PE-E": f"cartpole --propagation E {SHORT}",
             "DE-TS∞": f"cartpole --model DE {SHORT}",
@@ -51,7 +51,7 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
             "D-E": f"cartpole --model D --propagation E {SHORT}",
             "PE-TS∞, random shooting": f"cartpole --optimizer random {SHORT}",
         },
-        5,
+        3,
     ),
     "pendulum": (
         {"PETS": "pendulum --eval-episodes 10"},
@@ -89,8 +89,8 @@ def main(args: Args) -> None:
     variants, seeds = EXPERIMENTS[args.name]
     seeds = args.seeds or seeds
     folders = {
-        label: [args.runs / f"{args.name}_{number}_{seed}" for seed in range(1, seeds + 1)]
-        for number, label in enumerate(variants)
+        label: [args.runs / f"{flags.replace(' ', '_').replace('-', '')}_{seed}" for seed in range(1, seeds + 1)]
+        for label, flags in variants.items()
     }
     args.runs.mkdir(parents=True, exist_ok=True)
     jobs = [("pets", folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
@@ -101,14 +101,15 @@ def main(args: Args) -> None:
 
     rows, figure = [], Figure(figsize=(7, 4), dpi=100)
     axes = figure.add_subplot(xlabel="real environment steps", ylabel="return of a trial")
-    head = f"{args.name} | 1,200 steps | the last trial, each seed | mean | evaluation | minutes a run"
+    curves = {label: [curve(folder, "charts/episodic_return") for folder in folders[label]] for label in variants}
+    end = min(points[-1][0] for label, flags in variants.items() if "true" not in flags for points in curves[label])
+    head = f"{args.name} | trial at 1,200 steps | trial at {end:,}, each seed | mean | evaluation | minutes a run"
     print(f"\n| {head} |\n|{'-|' * 6}")
     for label, flags in variants.items():
-        evaluations, training = [], []
-        for seed, folder in enumerate(folders[label], 1):
-            for tag, kept in (("eval/episodic_return", evaluations), ("charts/episodic_return", training)):
-                kept.append(curve(folder, tag))
-                rows += [[label, seed, tag, step, f"{value:.4f}"] for step, value in kept[-1]]
+        evaluations = [curve(folder, "eval/episodic_return") for folder in folders[label]]
+        training = [[point for point in points if point[0] <= end] for points in curves[label]]
+        for tag, kept in (("eval/episodic_return", evaluations), ("charts/episodic_return", training)):
+            rows += [[label, seed, tag, step, f"{value:.4f}"] for seed, x in enumerate(kept, 1) for step, value in x]
         minutes = [json.loads(folder.with_suffix(".json").read_text())["seconds"] / 60 for folder in folders[label]]
         tests = np.array([points[-1][1] for points in evaluations])
         last = np.array([points[-1][1] for points in training])

@@ -26,6 +26,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import dyna_q
 import mpc_rs
+import pets
 
 
 def best_rates(variants: dict[str, tuple[Callable[[], object], float]], rounds: int) -> dict[str, float]:
@@ -149,6 +150,30 @@ def mpc_rs_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     return rates, {name: rates[name] * flops[name] / 1e9 for name in flops}
 
 
+# ── pets: plans ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pets_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Plans per second, and the GFLOP/s that their matrix products come to. A plan of the paper's size takes seconds:
+    few rounds of it, and of each one iteration of CEM in place of its five."""
+    rates, flops = {}, {}
+    for name, flags, share in (
+        ("HalfCheetah, 500 × 20 × 30 × 5, 5 networks of 4×200", "halfcheetah --iterations 1", 5),
+        ("HalfCheetah, the same in bfloat16", "halfcheetah --iterations 1 --bf16", 5),
+        ("cart-pole, 100 × 5 × 20 × 4, 5 networks of 2×128", "cartpole --epsilon 0", 1),
+    ):
+        args = pets.parse_args(flags.split())
+        env = pets.make_task(args)
+        model = pets.make_ensemble(args, env)
+        policy = pets.planners(args, env, pets.propagator(args, model, args.particles), torch.device("cpu"))()
+        obs, _ = env.reset(seed=0)
+        few = min(rounds, 3) if share > 1 else rounds
+        rates[name] = best_rates({name: (functools.partial(policy.plan, obs), 1 / share)}, few)[name]
+        rows = args.candidates * args.particles * args.horizon * args.iterations * share
+        flops[name] = rates[name] * rows * 2 * sum(w[0].numel() for w in model.weights) / 1e9
+    return rates, flops
+
+
 @dataclass
 class Args:
     rounds: int = 30
@@ -168,6 +193,9 @@ def main(args: Args) -> None:
     steps, flops = mpc_rs_rates(args.rounds)
     rows += [("mpc_rs", name, "million model steps/s", rate / 1e6) for name, rate in steps.items()]
     rows += [("mpc_rs", name, "GFLOP/s", rate) for name, rate in flops.items()]
+    plans, flops = pets_rates(args.rounds)
+    rows += [("pets", name, "plans/s", rate) for name, rate in plans.items()]
+    rows += [("pets", name, "GFLOP/s", rate) for name, rate in flops.items()]
     print("| file | hot path | rate | unit |\n|-|-|-|-|")
     for file, name, unit, rate in rows:
         print(f"| {file} | {name} | {rate:.3g} | {unit} |")

@@ -6,6 +6,7 @@ import gymnasium as gym
 import helpers
 import house
 import numpy as np
+import pytest
 
 figures = house.load(helpers.ROOT / "benchmarks" / "dyna_q_figures.py")
 speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
@@ -14,7 +15,7 @@ speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
     rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
-    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs"}
+    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets"}
     assert all(float(row.split(",")[-1]) > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
 
@@ -76,6 +77,17 @@ def test_imagined_steps_are_counted_right(monkeypatch):
     assert flops[pendulum] * 1e9 == 60_000 * 2 * (4 * 200 + 200 * 3)
 
 
+def test_plans_are_counted_right(monkeypatch):
+    """The paper's HalfCheetah: 396 GFLOP a plan; on the clock one iteration of five, a fifth of a plan."""
+    monkeypatch.setattr(speed, "best_rates", lambda variants, rounds: {k: units for k, (_, units) in variants.items()})
+    plans, flops = speed.pets_rates(rounds=1)
+    paper, _, cart_pole = plans
+    assert plans[paper] == 0.2 and plans[cart_pole] == 1
+    products = 23 * 200 + 3 * 200 * 200 + 200 * 36
+    assert flops[paper] * 1e9 == pytest.approx(0.2 * 500 * 20 * 30 * 5 * 2 * products)
+    assert flops[cart_pole] * 1e9 == pytest.approx(100 * 5 * 20 * 4 * 2 * (6 * 128 + 128 * 128 + 128 * 10))
+
+
 def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     """Two short variants: the table, the CSV and the figure; the second time nothing is trained again."""
     runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
@@ -98,6 +110,22 @@ def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: 1 / 0)
     runner.main(args)
     assert (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text() == made
+
+
+def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "pets_figures.py")
+    short = "--total-timesteps 400 --candidates 10 --elites 2 --iterations 1 --horizon 3 --hidden 16 --epochs 1"
+    variants = {"PETS": f"pendulum {short} --eval-episodes 1 --picture-every 0"}
+    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2))
+    for folder in ("docs/figures", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: InThisProcess())
+    runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
+    made = (tmp_path / "benchmarks/results/pets_pendulum.csv").read_text()
+    last = [float(line.split(",")[4]) for line in made.splitlines() if ",charts/episodic_return,400," in line]
+    assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in capsys.readouterr().out
+    assert (tmp_path / "docs/figures/pets_pendulum.png").stat().st_size > 5_000
 
 
 class InThisProcess:

@@ -678,3 +678,29 @@ def test_compiled_plans_are_those_of_eager_mode():
         assert hasattr(new_policy.args[0], "_torchdynamo_orig_callable") == args.compile
     for eager, compiled in zip(*plans, strict=True):
         assert torch.allclose(eager, compiled, atol=1e-3)
+
+
+@pytest.mark.learning
+def test_it_swings_the_pole_up(tmp_path):
+    """Six trials, the first of them random. A random agent and an untrained ensemble are measured too."""
+    flags = "cartpole --total-timesteps 1200 --eval-episodes 2 --picture-every 0"
+    run_dir = helpers.run("pets", flags, tmp_path / "r")
+    env = gym.make("CartPoleSwingUp-v0")
+    returns, _ = pets.evaluate(lambda: lambda obs: env.action_space.sample(), env, 10, 1, 200)
+    args = Args()
+    torch.manual_seed(0)
+    blind = pets.planners(args, env, pets.propagator(args, pets.make_ensemble(args, env), args.particles), CPU)
+    untrained, _ = pets.evaluate(blind, env, 1, 1, 200)
+    assert max(np.mean(returns), np.mean(untrained)) < 30
+    assert helpers.scalars(run_dir)["eval/episodic_return"][1200] > 100
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("variant", ["--propagation TS1", "--learn-reward", "--model DE --propagation E"])
+def test_it_learns_the_pendulum(variant, tmp_path):
+    flags = f"pendulum {variant} --total-timesteps 800 --eval-episodes 3 --picture-every 0"
+    run_dir = helpers.run("pets", flags, tmp_path / "r")
+    env = gym.make("Pendulum-v1")
+    returns, _ = pets.evaluate(lambda: lambda obs: env.action_space.sample(), env, 20, 1, 200)
+    assert np.mean(returns) < -600
+    assert helpers.scalars(run_dir)["eval/episodic_return"][800] > -350
