@@ -47,17 +47,20 @@ Run (measured on 2 CPU cores, imports included; docs/pets.md has the curves of f
     python algos/pets.py --env-id MountainCarContinuous-v0    # reward and end are learned too
 
 Deviations from the paper and the official code:
-  - Rows are counted, not trials: the presets' `--random-steps` and `--refit-every` are the length of one.
+  - Rows are counted, not trials: `--random-steps` and `--refit-every` are the length of one of the paper's trials.
   - Angles come as cosine and sine, as Gymnasium gives them, and the changes of both are predicted; the official code
     predicts the angle's and shows the network cosine and sine. HalfCheetah's pitch is read as it is.
-  - The bodies that run: Gymnasium's stock tasks, whose reward is a function of s and s' once x is in the state. The
-    change of x is predicted as a speed and x is not read; the official code puts the speed into the state instead.
+  - Reacher, Pusher and HalfCheetah are Gymnasium's, with their own rewards and lengths. The reward of the bodies that
+    run is a function of s and s' once x is in the state: the change of x is predicted as a speed and x is not read; the
+    official code puts the speed into the state instead.
+  - The cart-pole has the code's bodies, moved by their equations and not by MuJoCo; its rail's ends stop the cart dead.
   - MM refits a Gaussian to the particles' next states, as the paper says; the code refits one to their changes. With
-    DE, DS and MM spread by the members' disagreement; the code then takes their mean alone.
-  - What never changes (a reacher's goal) stays as it is in imagination, and a particle that its member believes to be
-    at a terminal state earns nothing from there on; the official code knows neither case.
-  - CEM never stops before its first iteration, and the action 0 that ends the shifted plan is clipped to the box.
-  - The GP baselines and the iLQG-like GPS of the paper's appendix are other algorithms.
+    DE, DS and MM spread by the members' disagreement; the code then takes their mean alone, and has no TS for P and D.
+  - A state coordinate that never changes (a reacher's goal) stays as it is in imagination, and a particle whose member
+    believes it at a terminal state earns nothing from there on; the official code knows neither case.
+  - CEM never stops before its first round, the action 0 that ends the shifted plan is clipped to the box, and a
+    return that is no finite number is −1e30, not −1e6.
+  - The baselines with Gaussian processes are other algorithms.
 """
 
 import functools
@@ -119,7 +122,8 @@ class Args:
     alpha: float = 0.1
     """How much of a round's mean and variance stays in the next."""
     epsilon: float = 0.001
-    """CEM stops early once all its variances are below this."""
+    """CEM stops early once all its variances, in the actions' own units squared, are below this: for a box much smaller
+    than ±1 lower it."""
     horizon: int = 20
     """T: the length of a sequence."""
     dynamics: Literal["learned", "true"] = "learned"
@@ -269,12 +273,13 @@ class Ensemble(nn.Module):
 
     def set_normalizer(self, data: "Transitions") -> None:
         """Of the inputs alone; what is constant in the data has the deviation 1."""
-        x, y = self.inputs(data.obs, data.action), self.targets(data)
+        x, change = self.inputs(data.obs, data.action), (data.next_obs - data.obs).abs().amax(0)
         std = x.std(0, correction=0)
         self.input_mean.copy_(x.mean(0))
         self.input_std.copy_(torch.where(std > 1e-6, std, 1.0))
         # The goal of a reacher is part of its state and never moves: no error of a network may let it drift.
-        self.target_scale.copy_(torch.where(y.std(0, correction=0) > 1e-6, self.target_unit, 0.0))
+        moves = F.pad(change > 1e-6, (0, int(self.heads)), value=True)  # the reward, the last target, is always learned
+        self.target_scale.copy_(torch.where(moves, self.target_unit, 0.0))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
         """x [B, N, ·], each member's own rows: mean and log-variance of the targets [B, N, ·], log-odds [B, N]."""
@@ -301,7 +306,7 @@ def ensemble_loss(model: Ensemble, x: torch.Tensor, y: torch.Tensor, ended: torc
     """x, y [B, N, ·], ended [B, N] of 0 and 1: a scalar, the sum over the members of their means."""
     mean, logvar, logit = model(x)
     if model.probabilistic:
-        # Eq. 1: loss_P(θ) = Σ_n [μ_θ(s_n, a_n) − s_{n+1}]ᵀ Σ_θ⁻¹ [μ_θ(s_n, a_n) − s_{n+1}] + log det Σ_θ(s_n, a_n)
+        # Eq. 1: loss_Gauss(θ) = Σ_n [μ_θ(s_n, a_n) − s_{n+1}]ᵀ Σ_θ⁻¹ [μ_θ(s_n, a_n) − s_{n+1}] + log det Σ_θ(s_n, a_n)
         loss = ((mean - y).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
         # Appendix A.1: the bounds are drawn towards what the data need
         loss = loss + 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
@@ -399,7 +404,7 @@ def imagine(predict: Predict, s: torch.Tensor, actions: torch.Tensor) -> tuple[t
     alive = torch.ones(len(s), dtype=torch.bool, device=s.device)
     for a in actions.unbind(1):  # all candidates in one product a step
         s, r, ended = predict(s, a)
-        # Eq. 4: Σ_{t'=t}^{t+H−1} r(ŝ_t', a_t'), up to a terminal state
+        # Algorithm 1: Σ_{τ=t}^{t+T} r(s_τ^p, a_τ) of this particle, up to a terminal state
         returns = returns + torch.where(alive, r, 0.0)
         alive = alive & ~ended
         states.append(s)
@@ -466,7 +471,7 @@ class Planner:
             """The mean return of each candidate's particles."""
             rows = actions.repeat(self.particles, 1, 1)  # [P·K, T, A]
             returns = imagine(self.predict, s.expand(len(rows), -1), rows)[1]
-            # Algorithm 1: Σ_τ 1/P Σ_p r(s_τ^p, a_τ)
+            # 1/P Σ_p Σ_τ r(s_τ^p, a_τ)
             return trusted(returns).view(self.particles, -1).mean(0)
 
         if args.optimizer == "random":
@@ -532,11 +537,12 @@ def ensemble_metrics(
                    (model.inputs(data.obs, data.action), model.targets(data), data.terminated.float()))  # fmt: skip
     metrics = {"model/heldout_loss": ensemble_loss(model, x, y, ended).item() / model.members}
     mean, logvar, _ = model(x)
-    std = model.targets(replay.rows(np.arange(replay.size))).std(0, correction=0).clamp(min=1e-6)
-    metrics["model/heldout_mse"] = ((mean - y) / std)[..., model.target_scale > 0].square().mean().item()
-    metrics["model/disagreement"] = (mean.var(0, correction=0).sqrt() / std).mean().item()
+    std = model.targets(replay.rows(np.arange(replay.size))).std(0, correction=0)
+    varies = std > 1e-6  # a constant has no deviation to measure in
+    metrics["model/heldout_mse"] = ((mean - y) / std)[..., varies].square().mean().item()
+    metrics["model/disagreement"] = (mean.std(0, correction=0) / std)[..., varies].mean().item()
     if model.probabilistic:
-        metrics["model/noise"] = ((0.5 * logvar).exp() / std).mean().item()
+        metrics["model/noise"] = ((0.5 * logvar).exp() / std)[..., varies].mean().item()
     for horizon in (1, 5, 10, 50):
         if sequences := windows(replay, first, horizon):
             errors, spread = open_loop(predict, sequences, state_scale(replay), particles)
@@ -595,7 +601,7 @@ def check_settings(args: Args) -> None:
         stop(f"--elites is {args.elites}: of {args.candidates} --candidates there can't be more")
     if len(args.weight_decay) not in (1, args.layers + 1) or not all(0 <= x < math.inf for x in args.weight_decay):
         stop(f"--weight-decay wants one number for all layers or {args.layers + 1} of them, none below 0")
-    if args.propagation in ("TS1", "TSinf") and args.particles % member_count(args):
+    if args.propagation in ("TS1", "TSinf") and particle_count(args) % member_count(args):
         stop(f"--particles is {args.particles}: with {args.propagation} each of {args.members} members has as many")
     if args.dynamics == "true":
         known = [name for name, task in TASKS.items() if task.dynamics]
@@ -606,12 +612,13 @@ def check_settings(args: Args) -> None:
 
 
 def member_count(args: Args) -> int:
-    return args.members if args.model in ("PE", "DE") else 1
+    return args.members if args.model in ("PE", "DE") and args.dynamics == "learned" else 1
 
 
 def particle_count(args: Args) -> int:
     """Without noise and with one mean for all, all particles would be the same."""
-    return 1 if args.propagation == "E" or args.dynamics == "true" else args.particles
+    noiseless = args.model in ("DE", "D") and member_count(args) == 1
+    return 1 if args.propagation == "E" or args.dynamics == "true" or noiseless else args.particles
 
 
 def make_ensemble(args: Args, env: gym.Env) -> Optional[Ensemble]:

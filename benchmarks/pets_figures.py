@@ -35,7 +35,7 @@ from mpc_rs_figures import curve, interval, run
 ROOT = Path(__file__).resolve().parent.parent
 
 SHORT = "--total-timesteps 1600 --eval-episodes 1 --picture-every 0"
-LAPTOP = "--particles 5 --candidates 100 --elites 10 --iterations 4 --horizon 20 --layers 3 --weight-decay 5e-5"
+LAPTOP = "--particles 5 --candidates 200 --elites 20 --iterations 4 --horizon 15"
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "cartpole": (
         {"PETS": "cartpole", "CEM, true dynamics": "cartpole --dynamics true --total-timesteps 200"},
@@ -58,7 +58,7 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
         5,
     ),
     "halfcheetah": (
-        {"PETS, small planner": f"halfcheetah --total-timesteps 20000 {LAPTOP} --epochs 20 --batch-size 128"},
+        {"PETS, small planner": f"halfcheetah --total-timesteps 10000 {LAPTOP}"},
         1,
     ),
     "cartpole-paper": (
