@@ -317,12 +317,12 @@ def ensemble_loss(model: Ensemble, x: torch.Tensor, y: torch.Tensor, ended: torc
     return loss
 
 
-def make_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
+def make_optimizer(model: Ensemble, decays: tuple[float, ...], learning_rate: float) -> torch.optim.Optimizer:
     """Adam adds weight_decay · w to the gradient: that of ½ λ ‖w‖², the paper's L2, at no cost (AdamW does not)."""
-    decays = args.weight_decay * (args.layers + 1 if len(args.weight_decay) == 1 else 1)
+    decays = decays * (len(model.weights) if len(decays) == 1 else 1)
     groups = [{"params": [w], "weight_decay": decay} for w, decay in zip(model.weights, decays, strict=True)]
     groups.append({"params": [*model.biases, model.max_logvar, model.min_logvar]})
-    return torch.optim.Adam(groups, args.learning_rate, fused=True)
+    return torch.optim.Adam(groups, learning_rate, fused=True)
 
 
 def bootstraps(members: int, rows: int) -> np.ndarray:
@@ -657,7 +657,7 @@ def train(args: Args) -> Path:
 
     model, particles = make_ensemble(args, env), particle_count(args)
     if model:
-        optimizer = make_optimizer(model.to(device), args)
+        optimizer = make_optimizer(model.to(device), args.weight_decay, args.learning_rate)
     # Room for all of D, and one row more: a full buffer would begin to forget when the run is lengthened.
     replay = ReplayBuffer(args.total_timesteps + 1, env.observation_space, env.action_space, device)
     step, fitted_at = 0, 0

@@ -140,10 +140,10 @@ def test_eq_1_is_the_gaussian_likelihood():
 @pytest.mark.parametrize("decays", [(0.3, 0.2, 0.1), (0.25,)])
 def test_weight_decay_is_the_papers_l2(decays):
     """Three steps of Adam with parameter groups are three steps on the loss plus ½ λ ‖w‖², biases left alone."""
-    args = Args(layers=2, weight_decay=decays)
+    args = Args()
     x, y, ended = numbers(3, 6, 5), numbers(3, 6, 3, seed=1), torch.zeros(3, 6)
     ours, theirs = ensemble(), ensemble()
-    optimizer = pets.make_optimizer(ours, args)
+    optimizer = pets.make_optimizer(ours, decays, args.learning_rate)
     plain = torch.optim.Adam(theirs.parameters(), args.learning_rate)
     for _ in range(3):
         optimizer.zero_grad()
@@ -179,7 +179,8 @@ def test_bootstraps_are_fixed_through_a_training_and_new_in_the_next(monkeypatch
     args, model, trainings = Args(epochs=3, batch_size=32, layers=2, weight_decay=(0.0,)), ensemble(), []
     np.random.seed(0)
     for _ in range(2):
-        pets.fit_ensemble(model, pets.make_optimizer(model, args), buffer, args, Silent(), lambda: False)
+        optimizer = pets.make_optimizer(model, args.weight_decay, args.learning_rate)
+        pets.fit_ensemble(model, optimizer, buffer, args, Silent(), lambda: False)
         assert [batch.shape for batch in seen] == [(3, n) for n in (32, 32, 32, 4)] * 3  # the rest is learned from too
         epochs = [torch.cat(seen[i : i + 4], 1) for i in (0, 4, 8)]
         in_order = [epoch.sort(1).values for epoch in epochs]
@@ -196,8 +197,8 @@ def test_bootstraps_are_fixed_through_a_training_and_new_in_the_next(monkeypatch
 def test_a_signal_cuts_a_training_short():
     args, model = Args(epochs=3, layers=2), ensemble()
     before = [w.clone() for w in model.weights]
-    args.weight_decay = (0.0,)
-    assert not pets.fit_ensemble(model, pets.make_optimizer(model, args), transitions(50), args, Silent(), lambda: True)
+    optimizer = pets.make_optimizer(model, (0.0,), 1e-3)
+    assert not pets.fit_ensemble(model, optimizer, transitions(50), args, Silent(), lambda: True)
     assert all(torch.equal(w, v) for w, v in zip(model.weights, before, strict=True))
 
 
@@ -573,7 +574,7 @@ def test_the_ensemble_knows_noise_from_ignorance():
     np.random.seed(0)
     args = Args(epochs=40, batch_size=64, layers=2, hidden=64, weight_decay=(1e-4,))
     model = pets.Ensemble(5, 1, 1, 2, 64, 0, 1.0, True, False)
-    optimizer, buffer = pets.make_optimizer(model, args), toy(4_000)
+    optimizer, buffer = pets.make_optimizer(model, args.weight_decay, args.learning_rate), toy(4_000)
     for group in optimizer.param_groups:
         group["lr"] = 3e-3
     for _ in range(2):
