@@ -255,14 +255,14 @@ class Ensemble(nn.Module):
             weight = nn.init.trunc_normal_(torch.empty(members, m, n), std=std, a=-2 * std, b=2 * std)
             self.weights.append(weight)
             self.biases.append(torch.zeros(members, 1, n))
-        # Bounds of the log-variance, learned: beyond its data a network would else predict any variance at all.
-        self.max_logvar = nn.Parameter(torch.full((self.target_size,), 0.5))
-        self.min_logvar = nn.Parameter(torch.full((self.target_size,), -10.0))
+        if probabilistic:  # bounds of the log-variance, learned: beyond its data a network would else predict any
+            self.max_logvar = nn.Parameter(torch.full((self.target_size,), 0.5))
+            self.min_logvar = nn.Parameter(torch.full((self.target_size,), -10.0))
         self.register_buffer("input_mean", torch.zeros(self.input_size))
         self.register_buffer("input_std", torch.ones(self.input_size))
-        self.register_buffer("target_unit", torch.ones(self.target_size))
+        self.register_buffer("target_unit", torch.ones(self.target_size), persistent=False)
         self.target_unit[:unread] = seconds
-        self.register_buffer("target_scale", self.target_unit.clone())
+        self.register_buffer("target_scale", torch.zeros(self.target_size))  # nothing moves that has not been seen to
 
     def inputs(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return torch.cat([s[..., self.unread :], a], -1)
@@ -321,7 +321,7 @@ def make_optimizer(model: Ensemble, decays: tuple[float, ...], learning_rate: fl
     """Adam adds weight_decay · w to the gradient: that of ½ λ ‖w‖², the paper's L2, at no cost (AdamW does not)."""
     decays = decays * (len(model.weights) if len(decays) == 1 else 1)
     groups = [{"params": [w], "weight_decay": decay} for w, decay in zip(model.weights, decays, strict=True)]
-    groups.append({"params": [*model.biases, model.max_logvar, model.min_logvar]})
+    groups.append({"params": [p for name, p in model.named_parameters() if not name.startswith("weights")]})
     return torch.optim.Adam(groups, learning_rate, fused=True)
 
 

@@ -94,18 +94,17 @@ CASES = {
         ],
     ),
     "pets": Case(
-        quick="--total-timesteps 1100 --random-steps 300 --refit-every 400 --epochs 1 --candidates 10 --elites 3 "
-        "--iterations 2 --horizon 5 --hidden 16 --particles 5 --log-every 50 --eval-every 600 --eval-episodes 3 "
-        "--eval-max-steps 30 --picture-every 500",
+        quick="--total-timesteps 1100 --random-steps 500 --refit-every 300 --epochs 1 --candidates 10 --elites 3 "
+        "--iterations 1 --horizon 4 --hidden 16 --particles 5 --log-every 50 --eval-every 600 --eval-episodes 3 "
+        "--eval-max-steps 20 --picture-every 600",
         options=[
             "cartpole --model P --propagation TS1",
-            "cartpole --model DE --propagation E",
+            "cartpole --model DE --propagation E --capture-video",
             "cartpole --model D --optimizer random",
-            "cartpole --propagation DS --bf16",
+            "pendulum --propagation DS --bf16",
             "pendulum --propagation MM --learn-reward",
-            "--env-id MountainCarContinuous-v0",
             "--env-id Hopper-v5",
-            "cartpole --dynamics true --capture-video",
+            "--env-id MountainCarContinuous-v0",
         ],
         resume=[
             "pendulum --learn-reward",
@@ -123,7 +122,7 @@ CASES = {
             ("--iterations 0", "--iterations"),
             ("--alpha 1", "--alpha"),
             ("--epsilon -1", "--epsilon"),
-            ("--layers 2", "--weight-decay"),
+            ("--layers 4", "--weight-decay"),
             ("--weight-decay 1 2", "--weight-decay"),
             ("--weight-decay -1", "--weight-decay"),
             ("--dynamics true --env-id Reacher-v5", "Pendulum-v1"),
