@@ -234,7 +234,7 @@ Predict = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tenso
 
 class Ensemble(nn.Module):
     """f̃_θ(s, a): B networks in one batched module. Each predicts the change of the state, mean and log-variance; with
-    `heads` also the reward's, and the log-odds that the episode ends.
+    `rewards` also the reward's, with `ends` the log-odds that the episode ends.
 
     The first `unread` coordinates of a state are predicted but not read: where the body stands does not matter to how
     it moves. Their change is predicted as a speed, in `seconds` of a step: targets are not normalised, and a change of
@@ -243,12 +243,13 @@ class Ensemble(nn.Module):
 
     def __init__(
         self, members: int, state_size: int, action_size: int, layers: int, hidden: int, unread: int, seconds: float,
-        probabilistic: bool, heads: bool,
+        probabilistic: bool, rewards: bool, ends: bool,
     ):  # fmt: skip
         super().__init__()
-        self.members, self.unread, self.probabilistic, self.heads = members, unread, probabilistic, heads
-        self.input_size, self.target_size = state_size - unread + action_size, state_size + heads
-        sizes = [self.input_size, *[hidden] * layers, self.target_size * (1 + probabilistic) + heads]
+        self.members, self.unread, self.probabilistic = members, unread, probabilistic
+        self.rewards, self.ends = rewards, ends
+        self.input_size, self.target_size = state_size - unread + action_size, state_size + rewards
+        sizes = [self.input_size, *[hidden] * layers, self.target_size * (1 + probabilistic) + ends]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for m, n in itertools.pairwise(sizes):
             std = 1 / (2 * math.sqrt(m))
@@ -269,7 +270,7 @@ class Ensemble(nn.Module):
 
     def targets(self, data: "Transitions") -> torch.Tensor:
         change = data.next_obs - data.obs
-        return (torch.cat([change, data.reward[..., None]], -1) if self.heads else change) / self.target_unit
+        return (torch.cat([change, data.reward[..., None]], -1) if self.rewards else change) / self.target_unit
 
     def set_normalizer(self, data: "Transitions") -> None:
         """Of the inputs alone; what is constant in the data has the deviation 1."""
@@ -278,7 +279,7 @@ class Ensemble(nn.Module):
         self.input_mean.copy_(x.mean(0))
         self.input_std.copy_(torch.where(std > 1e-6, std, 1.0))
         # The goal of a reacher is part of its state and never moves: no error of a network may let it drift.
-        moves = F.pad(change > 1e-6, (0, int(self.heads)), value=True)  # the reward, the last target, is always learned
+        moves = F.pad(change > 1e-6, (0, int(self.rewards)), value=True)  # the reward, the last one, always counts
         self.target_scale.copy_(torch.where(moves, self.target_unit, 0.0))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
@@ -312,7 +313,7 @@ def ensemble_loss(model: Ensemble, x: torch.Tensor, y: torch.Tensor, ended: torc
         loss = loss + 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
     else:
         loss = 0.5 * (mean - y).square().mean((1, 2)).sum()
-    if model.heads:  # the reward is one more coordinate of y
+    if model.ends:  # the reward is one more coordinate of y
         loss = loss + F.binary_cross_entropy_with_logits(logit, ended) * model.members
     return loss
 
@@ -390,7 +391,7 @@ def propagator(args: Args, model: Optional[Ensemble], particles: int) -> Predict
         if args.propagation == "MM":  # forget which particle was where: only mean and deviation go on
             clouds = s2.view(particles, -1, s.shape[-1])
             s2 = (clouds.mean(0) + clouds.std(0, correction=0) * torch.randn_like(clouds)).view_as(s)
-        if model.heads:
+        if model.rewards:
             return s2, y[..., -1], logit > 0
         return s2, task.reward(s, a, s2), task.ended(s2)
 
@@ -629,7 +630,7 @@ def make_ensemble(args: Args, env: gym.Env) -> Optional[Ensemble]:
     (state_size,), (action_size,) = env.observation_space.shape, env.action_space.shape
     seconds = float(env.unwrapped.dt) if unread else 1.0
     return Ensemble(member_count(args), state_size, action_size, args.layers, args.hidden, unread, seconds,
-                    args.model in ("PE", "P"), heads)  # fmt: skip
+                    args.model in ("PE", "P"), heads, heads)  # fmt: skip
 
 
 def planners(args: Args, env: gym.Env, predict: Predict, device: torch.device) -> Callable[[], Planner]:

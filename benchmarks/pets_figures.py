@@ -158,7 +158,7 @@ def draw_toy() -> None:
         change = np.sin(2 * s) + toy_noise(s) * np.random.randn()
         replay.add(np.array([s]), np.zeros(1), 0.0, np.array([s + change]), False, False)
     args = pets.Args(epochs=200, batch_size=64, layers=2, hidden=64, weight_decay=(1e-4,))
-    model = pets.Ensemble(5, 1, 1, args.layers, args.hidden, 0, 1.0, True, False)
+    model = pets.Ensemble(5, 1, 1, args.layers, args.hidden, 0, 1.0, True, False, False)
     optimizer = pets.make_optimizer(model, args.weight_decay, args.learning_rate)
     pets.fit_ensemble(model, optimizer, replay, args, Silent(), lambda: False)
     s = torch.linspace(-4, 5, 300)[:, None]

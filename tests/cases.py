@@ -130,4 +130,42 @@ CASES = {
             ("--learning-rate 0", "--learning-rate"),
         ],
     ),
+    "mbpo": Case(
+        quick="--total-timesteps 1100 --random-steps 500 --epoch-steps 300 --model-every 300 --rollouts 200 "
+        "--updates 1 --batch-size 32 --hidden 16 --members 3 --elites 2 --model-hidden 16 --patience 0 --log-every 50 "
+        "--eval-every 300 --eval-episodes 3 --eval-max-steps 20 --picture-every 600",
+        options=[
+            "--rollout-length 0",
+            "--rollout-length 3 --capture-video",
+            "pendulum --rollout-length 0 --value-expansion 2",
+            "hopper --value-expansion 2 --real-ratio 0.5",
+            "pendulum --learn-termination --rollout-schedule 0 2 1 4 --retain-epochs 2",
+            "--env-id MountainCarContinuous-v0",
+        ],
+        resume=[
+            "--rollout-length 0",
+            "hopper --rollout-length 3",
+            "pendulum --learn-termination --value-expansion 1",
+        ],
+        bad=[
+            ("--env-id CartPole-v1", "dyna_q.py"),
+            ("--rollouts 0", "--rollouts"),
+            ("--rollout-length -1", "--rollout-length"),
+            ("--rollout-schedule 20 20 1 1", "--rollout-schedule"),
+            ("--rollout-schedule 20 150 0 1", "--rollout-schedule"),
+            ("--value-expansion -1", "--value-expansion"),
+            ("--updates 0", "--updates"),
+            ("--elites 4", "--elites"),
+            ("--elites 0", "--elites"),
+            ("--members 0", "--members"),
+            ("--real-ratio 1.5", "--real-ratio"),
+            ("--holdout 0", "--holdout"),
+            ("--gamma 1", "--gamma"),
+            ("--tau 0", "--tau"),
+            ("--learning-rate 0", "--learning-rate"),
+            ("--target-entropy nan", "--target-entropy"),
+            ("--weight-decay 1 2", "--weight-decay"),
+            ("--random-steps 2", "--random-steps"),
+        ],
+    ),
 }

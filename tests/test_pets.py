@@ -25,7 +25,7 @@ def numbers(*shape, seed=0):
 
 def ensemble(members=3, state=3, action=2, layers=2, hidden=8, unread=0, seconds=1.0, probabilistic=True, heads=False):
     torch.manual_seed(0)
-    model = pets.Ensemble(members, state, action, layers, hidden, unread, seconds, probabilistic, heads)
+    model = pets.Ensemble(members, state, action, layers, hidden, unread, seconds, probabilistic, heads, heads)
     with torch.no_grad():
         for bias in model.biases:  # else a wrong one would not show
             bias.normal_()
@@ -93,7 +93,7 @@ def test_the_variance_stays_between_its_bounds(raw):
 
 
 def test_weights_start_as_truncated_normals():
-    model = pets.Ensemble(4, 30, 10, 2, 300, 0, 1.0, True, False)
+    model = pets.Ensemble(4, 30, 10, 2, 300, 0, 1.0, True, False, False)
     assert [tuple(w.shape) for w in model.weights] == [(4, 40, 300), (4, 300, 300), (4, 300, 60)]
     for w, b in zip(model.weights, model.biases, strict=True):
         std = 1 / (2 * math.sqrt(w.shape[1]))
@@ -576,7 +576,7 @@ def test_the_ensemble_knows_noise_from_ignorance():
     torch.manual_seed(0)
     np.random.seed(0)
     args = Args(epochs=40, batch_size=64, layers=2, hidden=64, weight_decay=(1e-4,))
-    model = pets.Ensemble(5, 1, 1, 2, 64, 0, 1.0, True, False)
+    model = pets.Ensemble(5, 1, 1, 2, 64, 0, 1.0, True, False, False)
     optimizer, buffer = pets.make_optimizer(model, args.weight_decay, args.learning_rate), toy(4_000)
     for group in optimizer.param_groups:
         group["lr"] = 3e-3
