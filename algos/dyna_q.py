@@ -678,6 +678,8 @@ def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
         sys.path.append("")  # for module:Env-v0, a module in the folder where the user stands
     if render:
         kwargs["render_mode"] = "rgb_array"
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo would else end the process
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
         if render:  # what can't be drawn shows here, not after an hour of training

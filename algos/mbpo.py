@@ -595,14 +595,6 @@ def imagine(predict: Predict, s: torch.Tensor, actions: torch.Tensor) -> tuple[t
     return torch.stack(states, 1), returns
 
 
-WORST = -1e30  # instead of −∞, whose differences are no numbers
-
-
-def trusted(returns: torch.Tensor) -> torch.Tensor:
-    """A model far from its data may overflow: what is no finite number is the worst of all."""
-    return torch.where(returns.isfinite(), returns, WORST)
-
-
 def windows(replay: "ReplayBuffer", first: int, length: int, at_most: int = 200) -> Optional["Transitions"]:
     """Sequences [B, T, ...] of the rows from `first` on, each inside one episode; or None. For a replay that has not
     yet come round."""
@@ -670,12 +662,12 @@ def imagined_return(predict: Predict, policy: Policy, replay: "ReplayBuffer", st
         alive = alive & ~ended
         if not alive.any():
             break
-    return trusted(total).mean().item()
+    return total.mean().item()
 
 
 def draw_trust(errors: Optional[np.ndarray], length: int, history: list, title: str) -> np.ndarray:
     """The picture: left, errors and spread [2, T] of rollouts that never look, on real actions; right, what the policy
-    earned and what the model had promised, [(step, real, imagined)]."""
+    earned and what the model had promised, [(step, real, imagined or NaN)]."""
     figure = Figure(figsize=(9, 3.6), dpi=80)
     figure.suptitle(title, fontsize=11)
     axes = figure.add_axes((0.09, 0.14, 0.38, 0.72))
@@ -746,7 +738,7 @@ def make_world(args: Args, env: gym.Env) -> Optional[Ensemble]:
                     probabilistic=True, rewards=True, ends=ends)  # fmt: skip
 
 
-def greedy(policy: Policy, device: torch.device) -> Callable[[Any], Any]:
+def deterministic(policy: Policy, device: torch.device) -> Callable[[Any], Any]:
     """The deterministic policy as a function of one observation."""
 
     @torch.inference_mode()
@@ -761,7 +753,7 @@ def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Call
     device = pick_device(args.device)
     policy = Policy(env.observation_space.shape[0], env.action_space.shape[0], args.hidden).to(device)
     policy.load_state_dict(checkpoint["learned"]["policy"])
-    return lambda: greedy(policy, device)
+    return lambda: deterministic(policy, device)
 
 
 def batches(
@@ -826,17 +818,19 @@ def train(args: Args) -> Path:
 
     def test() -> None:
         set_env_state(eval_env, env_state(env), generators=False)
-        log.evaluation(step, lambda: greedy(sac.policy, device), eval_env)
+        log.evaluation(step, lambda: deterministic(sac.policy, device), eval_env)
+        earned, promised = float(np.mean(log.scores[0])), math.nan
         if predict:
             limit = min(args.eval_max_steps, eval_env.spec.max_episode_steps or args.eval_max_steps)
             promised = imagined_return(predict, sac.policy, replay, limit)
-            history.append((step, float(np.mean(log.scores[0])), promised))
-            log.scalars(step, {"model/imagined_return": promised})
+            if math.isfinite(promised):  # whole episodes in a young model may overflow
+                log.scalars(step, {"model/imagined_return": promised})
+        history.append((step, earned, promised))
 
     def draw() -> None:
         sequences = windows(replay, fitted_at, 50) or windows(replay, fitted_at, 10)  # which the model has not seen
         errors = None
-        if sequences:
+        if predict and sequences:
             errors = torch.stack(open_loop(predict, sequences, state_scale(replay), 10)).cpu().numpy()
         length = rollout_length(args, step)
         log.picture(step, draw_trust(errors, length, history, f"{args.env_id}: step {step:,}, k = {length}"))
@@ -895,7 +889,7 @@ def train(args: Args) -> Path:
                 log.flush(step)
             if log.due("eval", args.eval_every, step) and step < args.total_timesteps:
                 test()
-                if history and log.due("picture", args.picture_every, step, at_most=20):
+                if log.due("picture", args.picture_every, step, at_most=20):
                     draw()
             if log.due("checkpoint", args.checkpoint_every, step, wait_for=over):
                 save()
@@ -908,7 +902,7 @@ def train(args: Args) -> Path:
     if stop_signal.number and step < args.total_timesteps:
         log.stopped(step, stop_signal.number)
     test()
-    if history and args.picture_every:
+    if args.picture_every:
         draw()
     log.finish(step)
     return run_dir
@@ -992,6 +986,8 @@ def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
         sys.path.append("")  # for module:Env-v0, a module in the folder where the user stands
     if render:
         kwargs["render_mode"] = "rgb_array"
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo would else end the process
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
         if render:  # what can't be drawn shows here, not after an hour of training

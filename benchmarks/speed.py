@@ -25,6 +25,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import dyna_q
+import mbpo
 import mpc_rs
 import pets
 
@@ -174,6 +175,91 @@ def pets_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     return rates, flops
 
 
+# ── mbpo: updates, training steps, branches ───────────────────────────────────────────────────────────────────────
+
+
+def plain_update(sac: mbpo.SAC, optimizers: list, s: torch.Tensor, a: torch.Tensor, r: torch.Tensor, s2, ended) -> None:
+    """An update of SAC as one would first write it: gradients also where they are thrown away, Adam not fused."""
+    with torch.no_grad():
+        y = r + 0.99 * (1 - ended) * mbpo.soft_value(sac, s2, 0.99, 0, None)
+    optimizers[0].zero_grad()
+    mbpo.critic_loss(sac.critics, s, a, y)[0].backward()
+    optimizers[0].step()
+    loss, log_prob = mbpo.policy_loss(sac.policy, sac.critics, s, sac.log_alpha.detach().exp())
+    optimizers[1].zero_grad()
+    loss.backward()
+    optimizers[1].step()
+    optimizers[2].zero_grad()
+    (-sac.log_alpha * (log_prob.detach().mean() + sac.target_entropy)).backward()
+    optimizers[2].step()
+    for target, value in zip(sac.targets.parameters(), sac.critics.parameters(), strict=True):
+        target.data.copy_(0.995 * target.data + 0.005 * value.data)
+
+
+def mbpo_rates(rounds: int) -> list[tuple[str, str, float]]:
+    """At HalfCheetah's sizes: updates of SAC with their sampling, training steps of the ensemble, imagined rows."""
+    torch.manual_seed(0)
+    args, cpu = mbpo.parse_args(["halfcheetah"]), torch.device("cpu")
+    env = mbpo.make_task(args)
+    (D,), (A,) = env.observation_space.shape, env.action_space.shape
+    sac, model = mbpo.SAC(D, A, args, cpu), mbpo.make_world(args, env)
+    model.target_scale.fill_(0.01)
+    replay = mbpo.ReplayBuffer(5_000, env.observation_space, env.action_space)
+    for row in torch.randn(5_000, D + A + D).numpy():
+        replay.add(row[:D], row[D : D + A], 0.0, row[D + A :], False, False)
+    imagined = mbpo.ImaginedReplay(D, A, 1, cpu)
+    imagined.add(torch.randn(100_000, 2 * D + A + 2))
+    groups = (sac.critics.parameters(), sac.policy.parameters(), [sac.log_alpha])
+    optimizers = [torch.optim.Adam(group, 3e-4) for group in groups]
+
+    def updates(update: Callable) -> None:
+        for batch in mbpo.batches(replay, imagined, args):
+            update(*batch)
+
+    optimizer = mbpo.make_optimizer(model, args.weight_decay, args.model_learning_rate)
+    x, y, ended = torch.randn(7, 256, D + A), torch.randn(7, 256, D + 1), torch.zeros(7, 256)
+
+    def train() -> None:
+        for _ in range(10):
+            optimizer.zero_grad()
+            mbpo.ensemble_loss(model, x, y, ended).backward()
+            optimizer.step()
+
+    s = torch.randn(args.rollouts, D)
+    predict, task = mbpo.elite_sampler(args, model, list(range(args.elites))), mbpo.TASKS[args.env_id]
+
+    def through_all(s: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, std, _ = model.gaussian(s.expand(7, -1, -1), a.expand(7, -1, -1))
+        y = (mean + std * torch.randn_like(mean))[torch.randint(7, (len(s),)), torch.arange(len(s))]
+        return s + y[:, :-1], y[:, -1], task.ended(s)
+
+    few = min(rounds, 5)
+    rates = best_rates(
+        {
+            "SAC, 2 × 256, batch 256": (lambda: updates(lambda *x: sac.update(*x, None)), args.updates),
+            "(SAC as one would first write it)": (
+                lambda: updates(functools.partial(plain_update, sac, optimizers)),
+                args.updates,
+            ),
+        },
+        few,
+    )
+    steps = best_rates({"ensemble, 7 × 4 × 200, batch 256": (train, 10)}, few)
+    branches = best_rates(
+        {
+            name: (functools.partial(mbpo.branch, world, sac.policy, s, 1), len(s))
+            for name, world in (
+                ("branches, each row through one elite", predict),
+                ("(each row through all members)", through_all),
+            )
+        },
+        few,
+    )
+    rows = [(name, "updates/s", rate) for name, rate in rates.items()]
+    rows += [(name, "training steps/s", rate) for name, rate in steps.items()]
+    return rows + [(name, "million rows/s", rate / 1e6) for name, rate in branches.items()]
+
+
 @dataclass
 class Args:
     rounds: int = 30
@@ -196,6 +282,7 @@ def main(args: Args) -> None:
     plans, flops = pets_rates(args.rounds)
     rows += [("pets", name, "plans/s", rate) for name, rate in plans.items()]
     rows += [("pets", name, "GFLOP/s", rate) for name, rate in flops.items()]
+    rows += [("mbpo", name, unit, rate) for name, unit, rate in mbpo_rates(args.rounds)]
     print("| file | hot path | rate | unit |\n|-|-|-|-|")
     for file, name, unit, rate in rows:
         print(f"| {file} | {name} | {rate:.3g} | {unit} |")

@@ -7,6 +7,7 @@ import helpers
 import house
 import numpy as np
 import pytest
+import torch
 
 figures = house.load(helpers.ROOT / "benchmarks" / "dyna_q_figures.py")
 speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
@@ -15,7 +16,7 @@ speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
     rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
-    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets"}
+    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets", "mbpo"}
     assert all(float(row.split(",")[-1]) > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
 
@@ -126,6 +127,44 @@ def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, ca
     last = [float(line.split(",")[4]) for line in made.splitlines() if ",charts/episodic_return,400," in line]
     assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in capsys.readouterr().out
     assert (tmp_path / "docs/figures/pets_pendulum.png").stat().st_size > 5_000
+
+
+def test_the_policys_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "mbpo_figures.py")
+    short = "--total-timesteps 500 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8 --rollouts 50 --patience 0"
+    variants = {"MBPO": f"pendulum {short}", "SAC": f"pendulum {short} --rollout-length 0"}
+    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2, (400, 500)))
+    for folder in ("docs/figures", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: InThisProcess())
+    runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
+    made, table = (tmp_path / "benchmarks/results/mbpo_pendulum.csv").read_text(), capsys.readouterr().out
+    for label in variants:
+        last = [float(x.split(",")[3]) for x in made.splitlines() if x.startswith(f"{label},") and ",500," in x]
+        assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in table
+        assert f"| {np.mean(last):.0f} ± " in table
+    assert (tmp_path / "docs/figures/mbpo_pendulum.png").stat().st_size > 5_000
+
+
+def test_a_plain_update_is_the_fast_one():
+    """What the speed table compares does the same thing."""
+    rows = [torch.randn(20, n) for n in (3, 1, 3)]
+    s, a, s2, r, ended = rows[0], rows[1].tanh(), rows[2], torch.randn(20), torch.zeros(20)
+    made = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        sac = speed.mbpo.SAC(3, 1, speed.mbpo.Args(hidden=8), torch.device("cpu"))
+        groups = (sac.critics.parameters(), sac.policy.parameters(), [sac.log_alpha])
+        optimizers = [torch.optim.Adam(group, 3e-4) for group in groups]
+        for _ in range(3):
+            if plain:
+                speed.plain_update(sac, optimizers, s, a, r, s2, ended)
+            else:
+                sac.update(s, a, r, s2, ended, None)
+        made.append([*sac.policy.parameters(), *sac.critics.parameters(), *sac.targets.parameters(), sac.log_alpha])
+    for p, q in zip(*made, strict=True):
+        assert torch.allclose(p, q, atol=1e-5)
 
 
 class InThisProcess:
