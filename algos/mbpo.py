@@ -22,11 +22,12 @@ step. The branches are short, so that a model's errors cannot pile up; they are 
 all the data it wants. The real step is the only thing that is dear.
 
 Paper: M. Janner, J. Fu, M. Zhang, S. Levine, "When to Trust Your Model: Model-Based Policy Optimization", NeurIPS 2019,
-arXiv 1906.08253. Official code: github.com/jannerm/mbpo. The policy's learner: T. Haarnoja et al., "Soft Actor-Critic
-Algorithms and Applications", 2018, arXiv 1812.05905.
+arXiv 1906.08253. Official code: github.com/jannerm/mbpo. The policy's learner (SAC): T. Haarnoja et al., "Soft
+Actor-Critic Algorithms and Applications", 2018, arXiv 1812.05905. The ensemble, and the equations' numbers in it, are
+PETS' (K. Chua et al., 2018, arXiv 1805.12114); --value-expansion is MVE (V. Feinberg et al., 2018, arXiv 1803.00101).
 
 The algorithm (Algorithm 2 of the paper):
-    (1) every few steps train p_θ on D_env by maximum likelihood, until what it has not seen gets no better
+    (1) every 250 steps train p_θ on D_env by maximum likelihood, until what it has not seen gets no better
     (2) from M states drawn from D_env follow the policy through p_θ for k steps; add what is imagined to D_model
     (3) take an action by π_φ (at first a random one) and add the transition to D_env
     (4) for G updates train π_φ and its critics on D_model, with a little of D_env
@@ -49,7 +50,10 @@ Deviations from the paper and the official code:
     none ended early: where branches end early it also keeps older ones.
   - Each elite gets equally many rows of a batch, drawn at random; the code draws a member for each row alone.
   - A transition is in D_env as soon as it is made; the code adds an episode when it is over.
-  - A state coordinate that has never changed stays as it is in imagination, and a branch whose state overflows ends.
+  - A state coordinate that never changed in the training rows stays as it is in imagination. A transition that
+    overflows is left out, and its branch ends.
+  - A training of the model that falls on an epoch's start is no exception: it is due every `--model-every` steps.
+  - Of MVE the target alone, with SAC's entropies; its critics are trained on imagined states only if branches are.
   - The critics step first, then the policy, the temperature and the targets; in the code's graph all but the targets
     step at once.
   - The tasks are Gymnasium's v5, with their observations and ends. Where a task has no entry in TASKS its end is
@@ -124,8 +128,9 @@ class Args:
     """Adam's step size for policy, critics and temperature."""
     hidden: int = 256
     """Units in each of the two hidden layers of policy and critics."""
-    target_entropy: Optional[float] = -0.05
-    """H̄: the entropy that α steers the policy to; None: minus the number of actions."""
+    target_entropy: Optional[float] = None
+    """H̄: the entropy that α steers the policy to. None: the paper's for the task, where TASKS has it, else minus the
+    number of actions."""
     members: int = 7
     """B: networks in the ensemble."""
     elites: int = 5
@@ -194,31 +199,29 @@ PRESETS = {
         "Pendulum-v1: swing up and hold within 4,000 steps",
         Args(
             env_id="Pendulum-v1", total_timesteps=4_000, random_steps=400, epoch_steps=200, model_every=200,
-            rollouts=80_000, target_entropy=None, log_every=200, eval_every=200, eval_episodes=10,
+            rollouts=80_000, log_every=200, eval_every=200, eval_episodes=10,
         ),
     ),
     "hopper": (
         "Hopper-v5 at the paper's settings: branches grow from 1 step to 15",
-        replace(MUJOCO, env_id="Hopper-v5", total_timesteps=125_000, rollout_schedule=(20, 150, 1, 15),
-                target_entropy=-1.0),
+        replace(MUJOCO, env_id="Hopper-v5", total_timesteps=125_000, rollout_schedule=(20, 150, 1, 15)),
     ),
     "walker2d": (
         "Walker2d-v5 at the paper's settings",
-        replace(MUJOCO, env_id="Walker2d-v5", total_timesteps=300_000, target_entropy=-3.0),
+        replace(MUJOCO, env_id="Walker2d-v5", total_timesteps=300_000),
     ),
     "halfcheetah": (
         "HalfCheetah-v5 at the paper's settings: 40 updates for each step",
-        replace(MUJOCO, env_id="HalfCheetah-v5", total_timesteps=400_000, updates=40, target_entropy=-3.0),
+        replace(MUJOCO, env_id="HalfCheetah-v5", total_timesteps=400_000, updates=40),
     ),
     "ant": (
         "Ant-v5 without contact forces in its observation, at the paper's settings: branches up to 25 steps",
-        replace(MUJOCO, env_id="Ant-v5", total_timesteps=300_000, rollout_schedule=(20, 100, 1, 25),
-                target_entropy=-4.0),
+        replace(MUJOCO, env_id="Ant-v5", total_timesteps=300_000, rollout_schedule=(20, 100, 1, 25)),
     ),
     "humanoid": (
         "Humanoid-v5, positions and speeds alone in its observation, at the paper's settings",
         replace(MUJOCO, env_id="Humanoid-v5", total_timesteps=300_000, rollout_schedule=(20, 300, 1, 25),
-                target_entropy=-2.0, model_every=1_000, retain_epochs=5, model_hidden=400),
+                model_every=1_000, retain_epochs=5, model_hidden=400),
     ),
 }  # fmt: skip
 
@@ -331,7 +334,9 @@ def fit_to_holdout(
     model: Ensemble, optimizer: torch.optim.Optimizer, replay: "ReplayBuffer", args: Args, log: "RunLog",
     cut: Callable[[], bool],
 ) -> Optional[list[int]]:  # fmt: skip
-    """Step (1): passes over D_env until the rows held out get no better. The elites; None where it was cut short."""
+    """Step (1): passes over D_env until the rows held out get no better. The elites; None where it was cut short, and
+    all is as it was before."""
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     order = np.random.permutation(replay.size)
     held_out = min(int(args.holdout * replay.size), 5_000)
     data, unseen = replay.rows(order[held_out:]), replay.rows(order[:held_out])
@@ -346,6 +351,8 @@ def fit_to_holdout(
     passes, waited = 0, 0
     while waited <= args.patience:
         if cut():
+            model.load_state_dict(before[0])
+            optimizer.load_state_dict(before[1])
             return None
         for first in range(0, len(x), args.model_batch_size):
             index = torch.from_numpy(rows[:, first : first + args.model_batch_size]).to(x.device)
@@ -484,13 +491,18 @@ class SAC:
 
     def __init__(self, state_size: int, action_size: int, args: Args, device: torch.device):
         self.args, self.policy = args, Policy(state_size, action_size, args.hidden).to(device)
-        self.critic_loss, self.policy_loss = (torch.compile(loss) if args.compile else loss
-                                              for loss in (critic_loss, policy_loss))  # fmt: skip
+        self.critic_loss, self.policy_loss = critic_loss, policy_loss
+        if args.compile:
+            same_dice = {"fallback_random": True}
+            self.critic_loss, self.policy_loss = (torch.compile(loss, options=same_dice)
+                                                  for loss in (critic_loss, policy_loss))  # fmt: skip
         sizes = (state_size + action_size, args.hidden, args.hidden, 1)
         self.critics = nn.ModuleList([mlp(*sizes) for _ in range(2)]).to(device)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
-        self.target_entropy = -float(action_size) if args.target_entropy is None else args.target_entropy
+        task = TASKS.get(args.env_id)
+        entropies = (args.target_entropy, task and task.target_entropy, -float(action_size))
+        self.target_entropy = next(x for x in entropies if x is not None)
         self.groups = {
             "critics": list(self.critics.parameters()),
             "policy": list(self.policy.parameters()),
@@ -517,7 +529,7 @@ class SAC:
         self.descend("critics", loss_q)
         loss_pi, log_prob = self.policy_loss(self.policy, self.critics, s, self.log_alpha.detach().exp())
         self.descend("policy", loss_pi)
-        # SAC, Eq. 17: J(α) = E[−α (log π(a|s) + H̄)], with log α for its factor α, as the code has it
+        # SAC, Eq. 18: J(α) = E[−α (log π(a|s) + H̄)], with log α for its factor α, as the code has it
         loss_alpha = -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
         self.descend("alpha", loss_alpha)
         with torch.no_grad():
@@ -542,13 +554,16 @@ class SAC:
 
 def soft_value(sac: SAC, s: torch.Tensor, gamma: float, steps: int, predict: Optional[Predict]) -> torch.Tensor:
     """V(s) by the target critics, `steps` steps of the policy in the model later: the multi-step target of MVE."""
-    alpha, value, discount = sac.log_alpha.exp(), 0.0, 1.0
+    alpha, (value, discount) = sac.log_alpha.exp(), (torch.full((len(s),), x, device=s.device) for x in (0.0, 1.0))
     # V(s_0) = Σ_{h<H} γ^h [r̂_h − α log π(a_h|s_h)] + γ^H [min Q̄(s_H, a_H) − α log π(a_H|s_H)], up to a terminal state
+    sound = True
     for _ in range(steps):
         a, log_prob = sac.policy(s)
         s2, r, ended = predict(s, a)
-        value = value + discount * (r - alpha * log_prob)
-        discount, s = discount * gamma * (~ended), s2
+        sound = s2.isfinite().all(-1) & r.isfinite() & sound  # where the model overflows the critics are asked at once
+        value = torch.where(sound, value + discount * (r - alpha * log_prob), value)
+        discount = torch.where(sound, discount * gamma * (~ended), discount)
+        s = torch.where((sound & ~ended)[:, None], s2, s)
     a, log_prob = sac.policy(s)
     return value + discount * (action_values(sac.targets, s, a).amin(0) - alpha * log_prob)
 
@@ -572,7 +587,8 @@ def policy_loss(
 
 
 def return_bound(model_error: float, policy_shift: float, gamma: float, largest_reward: float) -> float:
-    """Theorem 4.1: C(ε_m, ε_π), of total variation distances. η[π] ≥ η̂[π] − C: better by C in the model is better."""
+    """Theorem 4.1: C(ε_m, ε_π), of total variation distances: η[π] ≥ η̂[π] − C. What short branches keep small; the
+    algorithm itself does not need it."""
     # C(ε_m, ε_π) = 2 γ r_max (ε_m + 2 ε_π) / (1 − γ)² + 4 r_max ε_π / (1 − γ)
     drift = 2 * gamma * (model_error + 2 * policy_shift) / (1 - gamma) ** 2
     return largest_reward * (drift + 4 * policy_shift / (1 - gamma))
@@ -718,6 +734,8 @@ def check_settings(args: Args) -> None:
     decays, right = args.weight_decay, (1, args.model_layers + 1)
     if len(decays) not in right or not all(0 <= x < math.inf for x in decays):
         stop(f"--weight-decay wants one number for all layers or {args.model_layers + 1} of them, none below 0")
+    if args.rollout_length != 0 and int(args.real_ratio * args.batch_size) == args.batch_size:
+        stop(f"--real-ratio is {args.real_ratio:g}: no imagined row would be used; for SAC alone --rollout-length 0")
     if args.random_steps * args.holdout < 1:
         stop(f"--random-steps is {args.random_steps}: too few to hold out {args.holdout:g} of them")
 
@@ -804,7 +822,7 @@ def train(args: Args) -> Path:
         print(f"nothing will be learned: the first {args.random_steps:,} steps are random (--random-steps)")
     log = RunLog(args, run_dir, checkpoint)
 
-    # These three look at the variables of the loop as they are when they are called.
+    # These three look at the variables of the loop as they are when they are called, and leave the dice alone.
     def save() -> None:
         learned, optimizers = sac.learned(), {name: x.state_dict() for name, x in sac.optimizers.items()}
         if model:
@@ -816,7 +834,8 @@ def train(args: Args) -> Path:
         )  # fmt: skip
         log.lap("log")
 
-    def test() -> None:
+    def measure() -> None:
+        before = random_states()
         set_env_state(eval_env, env_state(env), generators=False)
         log.evaluation(step, lambda: deterministic(sac.policy, device), eval_env)
         earned, promised = float(np.mean(log.scores[0])), math.nan
@@ -826,14 +845,17 @@ def train(args: Args) -> Path:
             if math.isfinite(promised):  # whole episodes in a young model may overflow
                 log.scalars(step, {"model/imagined_return": promised})
         history.append((step, earned, promised))
+        set_random_states(before)
 
     def draw() -> None:
+        before = random_states()
         sequences = windows(replay, fitted_at, 50) or windows(replay, fitted_at, 10)  # which the model has not seen
         errors = None
         if predict and sequences:
             errors = torch.stack(open_loop(predict, sequences, state_scale(replay), 10)).cpu().numpy()
         length = rollout_length(args, step)
         log.picture(step, draw_trust(errors, length, history, f"{args.env_id}: step {step:,}, k = {length}"))
+        set_random_states(before)
 
     obs = np.array(env.reset(seed=None if checkpoint else args.seed)[0])  # copied: some environments reuse theirs
     episode_return, episode_length = 0.0, 0
@@ -854,6 +876,8 @@ def train(args: Args) -> Path:
                 if length := rollout_length(args, step):
                     rows = branch(predict, sac.policy, replay.sample(args.rollouts).obs, length)
                     imagined.add(rows)
+                    if len(imagined.rows) == 0:
+                        stop(f"all that the model imagined at step {step:,} overflowed: there is nothing to learn from")
                     log.mean("model/rollout_length", len(rows) / args.rollouts)
                     log.lap("rollout")
                 if fitted_at == 0:
@@ -888,7 +912,7 @@ def train(args: Args) -> Path:
             if log.due("log", args.log_every, step):
                 log.flush(step)
             if log.due("eval", args.eval_every, step) and step < args.total_timesteps:
-                test()
+                measure()
                 if log.due("picture", args.picture_every, step, at_most=20):
                     draw()
             if log.due("checkpoint", args.checkpoint_every, step, wait_for=over):
@@ -901,7 +925,7 @@ def train(args: Args) -> Path:
         save()
     if stop_signal.number and step < args.total_timesteps:
         log.stopped(step, stop_signal.number)
-    test()
+    measure()
     if args.picture_every:
         draw()
     log.finish(step)
@@ -915,10 +939,11 @@ def never(s: torch.Tensor) -> torch.Tensor:
     return torch.zeros(s.shape[:-1], dtype=torch.bool, device=s.device)
 
 
-class End(NamedTuple):
-    """Where an episode ends, a function of batches of states [..., D], and the settings for gym.make."""
+class TaskEnd(NamedTuple):
+    """Where an episode ends, a function of batches of states [..., D]; H̄; and the settings for gym.make."""
 
     ended: Callable[[torch.Tensor], torch.Tensor] = never
+    target_entropy: Optional[float] = None
     settings: dict = {}
 
 
@@ -949,13 +974,14 @@ def off_height(low: float, high: float) -> Callable[[torch.Tensor], torch.Tensor
 NO_FORCES = {"include_cfrc_ext_in_observation": False}  # as in the paper: 27 numbers for the ant, 45 for the humanoid
 NO_BODIES = {f"include_{name}_in_observation": False for name in ("cinert", "cvel", "qfrc_actuator")}
 TASKS = {
-    "InvertedPendulum-v5": End(fallen),
-    "InvertedDoublePendulum-v5": End(double_fallen),
-    "Hopper-v5": End(hopper_fallen),
-    "Walker2d-v5": End(walker_fallen),
-    "Ant-v5": End(off_height(0.2, 1.0), settings=NO_FORCES),
-    "Humanoid-v5": End(off_height(1.0, 2.0), settings={**NO_FORCES, **NO_BODIES}),
-    **{env_id: End() for env_id in ("Pendulum-v1", "HalfCheetah-v5", "Swimmer-v5", "Reacher-v5", "Pusher-v5")},
+    "InvertedPendulum-v5": TaskEnd(fallen, -0.05),
+    "InvertedDoublePendulum-v5": TaskEnd(double_fallen, -0.5),
+    "Hopper-v5": TaskEnd(hopper_fallen, -1.0),
+    "Walker2d-v5": TaskEnd(walker_fallen, -3.0),
+    "HalfCheetah-v5": TaskEnd(target_entropy=-3.0),
+    "Ant-v5": TaskEnd(off_height(0.2, 1.0), -4.0, NO_FORCES),
+    "Humanoid-v5": TaskEnd(off_height(1.0, 2.0), -2.0, {**NO_FORCES, **NO_BODIES}),
+    **{env_id: TaskEnd() for env_id in ("Pendulum-v1", "Swimmer-v5", "Reacher-v5", "Pusher-v5")},
 }
 
 

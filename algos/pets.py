@@ -635,7 +635,8 @@ def make_ensemble(args: Args, env: gym.Env) -> Optional[Ensemble]:
 
 def planners(args: Args, env: gym.Env, predict: Predict, device: torch.device) -> Callable[[], Planner]:
     """Only the planner's own calls are compiled: nearly all of them have one shape."""
-    predict = torch.compile(predict) if args.compile else predict
+    if args.compile:
+        predict = torch.compile(predict, options={"fallback_random": True})  # the same dice as without
     return functools.partial(Planner, predict, particle_count(args), env.action_space, args, device)
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import shutil
 import types
 
 import gymnasium as gym
@@ -129,10 +130,72 @@ def test_each_member_keeps_its_best_pass(patience):
     assert (model.input_mean - model.inputs(*buffer.rows(order[held_out:])[:2]).mean(0)).abs().max() < 1e-5
 
 
-def test_a_training_that_is_cut_says_so():
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_a_training_that_is_cut_leaves_all_as_it_was(passes):
     model = ensemble()
     optimizer = mbpo.make_optimizer(model, (0.0,), 1e-3)
-    assert mbpo.fit_to_holdout(model, optimizer, transitions(50), Args(members=4), NoLog(), lambda: True) is None
+    assert mbpo.fit_to_holdout(model, optimizer, transitions(50), Args(members=4), NoLog(), lambda: False)
+    before = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    asked = iter([False] * passes + [True])
+    cut = mbpo.fit_to_holdout(model, optimizer, transitions(90, seed=1), Args(members=4), NoLog(), lambda: next(asked))
+    assert cut is None
+    assert not helpers.differences(before, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def test_the_presets_are_the_official_settings():
+    official = {  # steps of an epoch, G, H̄, random steps, first and last epoch of the schedule, k from and to
+        "invertedpendulum": (250, 10, -0.05, 500, 1, 1),
+        "hopper": (1_000, 20, -1, 5_000, 1, 15),
+        "walker2d": (1_000, 20, -3, 5_000, 1, 1),
+        "halfcheetah": (1_000, 40, -3, 5_000, 1, 1),
+        "ant": (1_000, 20, -4, 5_000, 1, 25),
+        "humanoid": (1_000, 20, -2, 5_000, 1, 25),
+    }
+    last = {"hopper": (20, 150), "ant": (20, 100), "humanoid": (20, 300)}
+    for name, row in official.items():
+        args = mbpo.parse_args([name])
+        sac = mbpo.SAC(3, 2, args, CPU)
+        schedule = args.rollout_schedule
+        assert row == (args.epoch_steps, args.updates, sac.target_entropy, args.random_steps, *schedule[2:])
+        assert name not in last or schedule[:2] == last[name]
+        assert args.rollouts == 100_000 and args.model_every == (1_000 if name == "humanoid" else 250)
+        assert args.retain_epochs == (5 if name == "humanoid" else 1)
+        assert args.model_hidden == (400 if name == "humanoid" else 200)
+        assert (args.members, args.elites, args.model_layers, args.real_ratio) == (7, 5, 4, 0.05)
+
+
+def test_evaluations_and_pictures_leave_the_dice_alone(tmp_path):
+    quick = "pendulum --total-timesteps 700 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8 --rollouts 50"
+    made = []
+    for number, flags in enumerate(("--eval-every 0 --picture-every 0", "--eval-every 50 --picture-every 50")):
+        folder = tmp_path / str(number)
+        helpers.run("mbpo", f"{quick} --patience 0 --eval-episodes 2 --eval-max-steps 9 {flags}", folder)
+        made.append({x: helpers.checkpoint(folder)[x] for x in ("learned", "imagined", "replay", "random")})
+    assert not helpers.differences(*made)
+
+
+def test_branches_start_from_real_states_and_follow_the_random_policy(tmp_path, monkeypatch):
+    """As `train` asks for them: uniformly from all of D_env, and M of them each time."""
+    starts, branch = [], mbpo.branch
+
+    def watch(predict, policy, s, length):
+        starts.append(s)
+        assert type(policy) is mbpo.Policy and length == 2
+        return branch(predict, policy, s, length)
+
+    monkeypatch.setattr(mbpo, "branch", watch)
+    flags = "pendulum --total-timesteps 900 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8 --rollouts 3000"
+    helpers.run("mbpo", f"{flags} --patience 0 --elites 1 --rollout-length 2 --eval-episodes 1", tmp_path / "run")
+    stored = helpers.checkpoint(tmp_path / "run")
+    columns = stored["replay"]["columns"][0]
+    assert [len(s) for s in starts] == [3_000] * 3  # at 400, 600 and 800 steps
+    for size, s in zip((400, 600, 800), starts, strict=True):
+        rows = {tuple(row): i for i, row in enumerate(columns[:size].tolist())}
+        index = torch.tensor([rows[tuple(row)] for row in s.tolist()])
+        counts = index.bincount(minlength=size).float()
+        assert (counts > 0).float().mean() == pytest.approx(1 - math.exp(-3_000 / size), abs=0.03)
+        assert counts.max() < 5 * 3_000 / size
+    assert stored["imagined"]["lengths"] == [6_000]  # an epoch of 200 steps: the last time alone
 
 
 # ── (2) Branches ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -320,6 +383,7 @@ def test_the_multi_step_target_is_the_recursion(steps):
         return 0.2 * s - 0.1, -s.sum(-1)
 
     targets = [torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)]
+    torch.manual_seed(0)
     sac = types.SimpleNamespace(policy=policy, targets=targets, log_alpha=torch.tensor(math.log(alpha)))
     s = numbers(30, 2)
 
@@ -335,6 +399,29 @@ def test_the_multi_step_target_is_the_recursion(steps):
         got = mbpo.soft_value(sac, s, gamma, steps, predict)
         assert got.tolist() == pytest.approx([value(row[None], steps) for row in s], abs=1e-5)
     assert 0 < (s[:, 0] > 0.8).sum() < 30
+
+
+def test_a_model_that_overflows_spoils_no_target():
+    """Rows whose next state is no number, after the end or before it: the rest of the batch is as without them."""
+
+    def predict(s, a):
+        wild = s[:, :1] > 1
+        return torch.where(wild, torch.nan, s + 0.1), torch.where(wild[:, 0], torch.inf, s[:, 1]), s[:, 1] > 1
+
+    def policy(s):
+        return s.tanh(), s.sum(-1)
+
+    torch.manual_seed(0)
+    targets = [torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)]
+    sac, s = types.SimpleNamespace(policy=policy, targets=targets, log_alpha=torch.tensor(0.0)), numbers(200, 2)
+    with torch.no_grad():
+        got = mbpo.soft_value(sac, s, 0.9, 4, predict)
+        assert got.isfinite().all()
+        wild = s[:, 0] > 1  # at once: the critics are asked where the model fails
+        assert torch.allclose(got[wild], mbpo.soft_value(sac, s[wild], 0.9, 0, None), atol=1e-6)
+        alone = torch.cat([mbpo.soft_value(sac, row[None], 0.9, 4, predict) for row in s])
+        assert torch.allclose(got, alone, atol=1e-5)
+    assert 10 < wild.sum() < 100
 
 
 def test_an_update_is_the_papers_written_out():
@@ -392,9 +479,10 @@ def test_an_update_is_the_papers_written_out():
     assert sac.log_alpha.item() == pytest.approx(log_alpha.item(), abs=1e-5)
 
 
-def test_the_target_entropy_is_minus_the_actions_where_none_is_given():
-    assert mbpo.SAC(3, 2, Args(target_entropy=None), CPU).target_entropy == -2
-    assert mbpo.SAC(3, 2, Args(target_entropy=-0.05), CPU).target_entropy == -0.05
+def test_the_target_entropy_is_the_users_or_the_tasks_or_minus_the_actions():
+    rows = [("Hopper-v5", None, -1), ("Hopper-v5", 0.0, 0), ("Pendulum-v1", None, -2), ("My-v0", None, -2)]
+    for env_id, wanted, expected in [*rows, ("My-v0", -7, -7)]:
+        assert mbpo.SAC(3, 2, Args(env_id=env_id, target_entropy=wanted), CPU).target_entropy == expected
 
 
 def test_values_of_a_fixed_policy_are_right():
@@ -560,3 +648,26 @@ def test_actions_are_brought_into_the_policys_box():
         plain.reset(seed=3)
         mine, other = env.step(np.array([a], np.float32))[0], plain.step(np.array([3 * a], np.float32))[0]
         assert mine.tolist() == pytest.approx(other.tolist(), abs=1e-6)
+
+
+# ── Learning ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.learning  # for its minute of compiling
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_updates_are_those_of_eager_mode():
+    s, a, s2 = numbers(20, 3), numbers(20, 2, seed=9).tanh(), numbers(20, 3, seed=5)
+    r, ended, made = numbers(20, seed=7), (numbers(20, seed=8) > 0.5).float(), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        sac = mbpo.SAC(3, 2, Args(hidden=16, learning_rate=1e-2, compile=compiled), CPU)
+        assert hasattr(sac.policy_loss, "_torchdynamo_orig_callable") == compiled
+        for _ in range(4):
+            sac.update(s, a, r, s2, ended, None)
+        made.append([*sac.policy.parameters(), *sac.critics.parameters(), *sac.targets.parameters(), sac.log_alpha])
+    torch.manual_seed(0)
+    start = mbpo.SAC(3, 2, Args(hidden=16), CPU)
+    for p, q, r in zip(*made, [*start.policy.parameters(), *start.critics.parameters()], strict=False):
+        assert torch.allclose(p, q, atol=2e-3) and (p - r).abs().max() > 0.01
+    for p, q in zip(*made, strict=True):
+        assert torch.allclose(p, q, atol=2e-3)
