@@ -447,23 +447,16 @@ def branch(predict: Predict, policy: "Policy", s: torch.Tensor, length: int) -> 
     return torch.cat(rows)
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers, ReLU between them."""
-    layers = []
-    for m, n in itertools.pairwise(sizes):
-        linear = nn.Linear(m, n)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 class Policy(nn.Module):
     """π_φ(a|s): a Gaussian whose samples tanh brings into (−1, 1)."""
 
     def __init__(self, state_size: int, action_size: int, hidden: int):
         super().__init__()
-        self.net = mlp(state_size, hidden, hidden, 2 * action_size)
+        layers = [nn.Linear(state_size, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 2 * action_size)]
+        for layer in layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
     def forward(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """An action a ~ π(·|s) and log π(a|s)."""
@@ -481,9 +474,22 @@ class Policy(nn.Module):
         return torch.tanh(self.net(s).chunk(2, -1)[0])
 
 
-def action_values(critics: nn.ModuleList, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    x = torch.cat([s, a], -1)
-    return torch.stack([critic(x).squeeze(-1) for critic in critics])  # [2, B]
+class Critics(nn.Module):
+    """Q_θ(s, a), two of them in one batched module."""
+
+    def __init__(self, state_size: int, action_size: int, hidden: int):
+        super().__init__()
+        sizes = [state_size + action_size, hidden, hidden, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for m, n in itertools.pairwise(sizes):
+            self.weights.append(torch.stack([nn.init.xavier_uniform_(torch.empty(m, n)) for _ in range(2)]))
+            self.biases.append(torch.zeros(2, 1, n))
+
+    def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([s, a], -1).expand(2, -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.relu(x) if i else x, weight)
+        return x[..., 0]  # [2, B]
 
 
 class SAC:
@@ -496,8 +502,7 @@ class SAC:
             same_dice = {"fallback_random": True}
             self.critic_loss, self.policy_loss = (torch.compile(loss, options=same_dice)
                                                   for loss in (critic_loss, policy_loss))  # fmt: skip
-        sizes = (state_size + action_size, args.hidden, args.hidden, 1)
-        self.critics = nn.ModuleList([mlp(*sizes) for _ in range(2)]).to(device)
+        self.critics = Critics(state_size, action_size, args.hidden).to(device)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
         task = TASKS.get(args.env_id)
@@ -505,8 +510,7 @@ class SAC:
         self.target_entropy = next(x for x in entropies if x is not None)
         self.groups = {
             "critics": list(self.critics.parameters()),
-            "policy": list(self.policy.parameters()),
-            "alpha": [self.log_alpha],
+            "policy": [*self.policy.parameters(), self.log_alpha],
         }
         self.optimizers = {name: torch.optim.Adam(group, args.learning_rate, fused=True)
                            for name, group in self.groups.items()}  # fmt: skip
@@ -528,10 +532,9 @@ class SAC:
         loss_q, value = self.critic_loss(self.critics, s, a, y)
         self.descend("critics", loss_q)
         loss_pi, log_prob = self.policy_loss(self.policy, self.critics, s, self.log_alpha.detach().exp())
-        self.descend("policy", loss_pi)
         # SAC, Eq. 18: J(α) = E[−α (log π(a|s) + H̄)], with log α for its factor α, as the code has it
         loss_alpha = -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
-        self.descend("alpha", loss_alpha)
+        self.descend("policy", loss_pi + loss_alpha)  # neither reaches what the other steps
         with torch.no_grad():
             # Q̄ ← (1 − τ) Q̄ + τ Q
             torch._foreach_lerp_(list(self.targets.parameters()), self.groups["critics"], args.tau)
@@ -565,25 +568,25 @@ def soft_value(sac: SAC, s: torch.Tensor, gamma: float, steps: int, predict: Opt
         discount = torch.where(sound, discount * gamma * (~ended), discount)
         s = torch.where((sound & ~ended)[:, None], s2, s)
     a, log_prob = sac.policy(s)
-    return value + discount * (action_values(sac.targets, s, a).amin(0) - alpha * log_prob)
+    return value + discount * (sac.targets(s, a).amin(0) - alpha * log_prob)
 
 
 def critic_loss(
-    critics: nn.ModuleList, s: torch.Tensor, a: torch.Tensor, y: torch.Tensor
+    critics: Critics, s: torch.Tensor, a: torch.Tensor, y: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """And the values' mean."""
-    values = action_values(critics, s, a)
+    values = critics(s, a)
     # SAC, Eq. 5: J_Q = E[½ (Q(s, a) − (r + γ V(s')))²], of both critics
     return 0.5 * (values - y).square().mean(1).sum(), values.mean()
 
 
 def policy_loss(
-    policy: Policy, critics: nn.ModuleList, s: torch.Tensor, alpha: torch.Tensor
+    policy: Policy, critics: Critics, s: torch.Tensor, alpha: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """And log π(a|s)."""
     a, log_prob = policy(s)
     # SAC, Eq. 9: J_π = E[α log π(a|s) − min Q(s, a)]
-    return (alpha * log_prob - action_values(critics, s, a).amin(0)).mean(), log_prob
+    return (alpha * log_prob - critics(s, a).amin(0)).mean(), log_prob
 
 
 def return_bound(model_error: float, policy_shift: float, gamma: float, largest_reward: float) -> float:

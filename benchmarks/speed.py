@@ -179,13 +179,26 @@ def pets_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def plain_update(sac: mbpo.SAC, optimizers: list, s: torch.Tensor, a: torch.Tensor, r: torch.Tensor, s2, ended) -> None:
-    """An update of SAC as one would first write it: gradients also where they are thrown away, Adam not fused."""
+    """An update of SAC as one would first write it: critic by critic, gradients also where they are thrown away, Adam
+    not fused."""
+
+    class OneByOne:
+        def __call__(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+            values = []
+            for i in range(2):
+                x = torch.cat([s, a], -1)
+                for layer, (w, b) in enumerate(zip(sac.critics.weights, sac.critics.biases, strict=True)):
+                    x = torch.addmm(b[i], torch.relu(x) if layer else x, w[i])
+                values.append(x[:, 0])
+            return torch.stack(values)
+
+    critics = OneByOne()
     with torch.no_grad():
         y = r + 0.99 * (1 - ended) * mbpo.soft_value(sac, s2, 0.99, 0, None)
     optimizers[0].zero_grad()
-    mbpo.critic_loss(sac.critics, s, a, y)[0].backward()
+    mbpo.critic_loss(critics, s, a, y)[0].backward()
     optimizers[0].step()
-    loss, log_prob = mbpo.policy_loss(sac.policy, sac.critics, s, sac.log_alpha.detach().exp())
+    loss, log_prob = mbpo.policy_loss(sac.policy, critics, s, sac.log_alpha.detach().exp())
     optimizers[1].zero_grad()
     loss.backward()
     optimizers[1].step()

@@ -372,6 +372,10 @@ def test_extreme_deviations_stay_finite():
             assert a.abs().max() <= 1 and log_prob.isfinite().all()
 
 
+def both(nets):
+    return lambda s, a: torch.stack([net(torch.cat([s, a], 1))[:, 0] for net in nets])
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_the_multi_step_target_is_the_recursion(steps):
     alpha, gamma = 0.3, 0.9
@@ -382,9 +386,9 @@ def test_the_multi_step_target_is_the_recursion(steps):
     def policy(s):
         return 0.2 * s - 0.1, -s.sum(-1)
 
-    targets = [torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)]
     torch.manual_seed(0)
-    sac = types.SimpleNamespace(policy=policy, targets=targets, log_alpha=torch.tensor(math.log(alpha)))
+    targets = [torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)]
+    sac = types.SimpleNamespace(policy=policy, targets=both(targets), log_alpha=torch.tensor(math.log(alpha)))
     s = numbers(30, 2)
 
     def value(s, left):  # of one state [1, D]
@@ -413,7 +417,7 @@ def test_a_model_that_overflows_spoils_no_target():
 
     torch.manual_seed(0)
     targets = [torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)]
-    sac, s = types.SimpleNamespace(policy=policy, targets=targets, log_alpha=torch.tensor(0.0)), numbers(200, 2)
+    sac, s = types.SimpleNamespace(policy=policy, targets=both(targets), log_alpha=torch.tensor(0.0)), numbers(200, 2)
     with torch.no_grad():
         got = mbpo.soft_value(sac, s, 0.9, 4, predict)
         assert got.isfinite().all()
@@ -436,6 +440,13 @@ def test_an_update_is_the_papers_written_out():
     policy, critics, targets = (copy.deepcopy(x) for x in (sac.policy, sac.critics, sac.targets))
     log_alpha = sac.log_alpha.detach().clone().requires_grad_()
     optimizers = [torch.optim.Adam(group, 1e-2) for group in (critics.parameters(), policy.parameters(), [log_alpha])]
+
+    def q(nets, i, s, a):
+        x = torch.cat([s, a], 1)
+        for layer, (w, b) in enumerate(zip(nets.weights, nets.biases, strict=True)):
+            x = (x.clamp(min=0) if layer else x) @ w[i] + b[i]
+        return x[:, 0]
+
     for number in range(3):
         s, a, s2 = numbers(20, 3, seed=number), numbers(20, 2, seed=9).tanh(), numbers(20, 3, seed=number + 50)
         r, ended = numbers(20, seed=number + 70), (numbers(20, seed=8) > 0.5).float()
@@ -452,14 +463,13 @@ def test_an_update_is_the_papers_written_out():
         alpha = log_alpha.exp().item()
         with torch.no_grad():
             a2, log_prob2 = draw(s2)
-            x2 = torch.cat([s2, a2], 1)
-            y = r + 0.9 * (1 - ended) * (torch.minimum(*(q(x2)[:, 0] for q in targets)) - alpha * log_prob2)
-        loss_q = sum((0.5 * (q(torch.cat([s, a], 1))[:, 0] - y) ** 2).mean() for q in critics)
+            y = r + 0.9 * (1 - ended) * (torch.minimum(*(q(targets, i, s2, a2) for i in (0, 1))) - alpha * log_prob2)
+        loss_q = sum((0.5 * (q(critics, i, s, a) - y) ** 2).mean() for i in (0, 1))
         optimizers[0].zero_grad()
         loss_q.backward()
         optimizers[0].step()
         b, log_prob = draw(s)
-        loss_pi = (alpha * log_prob - torch.minimum(*(q(torch.cat([s, b], 1))[:, 0] for q in critics))).mean()
+        loss_pi = (alpha * log_prob - torch.minimum(*(q(critics, i, s, b) for i in (0, 1)))).mean()
         optimizers[1].zero_grad()
         loss_pi.backward()
         optimizers[1].step()
@@ -468,8 +478,8 @@ def test_an_update_is_the_papers_written_out():
         loss_alpha.backward()
         optimizers[2].step()
         with torch.no_grad():
-            for target, q in zip(targets.parameters(), critics.parameters(), strict=True):
-                target.mul_(0.9).add_(0.1 * q)
+            for target, p in zip(targets.parameters(), critics.parameters(), strict=True):
+                target.mul_(0.9).add_(0.1 * p)
         for tag, loss in (("critic", loss_q), ("policy", loss_pi), ("alpha", loss_alpha)):
             assert metrics[f"losses/{tag}"].item() == pytest.approx(loss.item(), abs=1e-4)
         assert metrics["charts/entropy"].item() == pytest.approx(-log_prob.mean().item(), abs=1e-4)
@@ -490,14 +500,13 @@ def test_values_of_a_fixed_policy_are_right():
     args = Args(hidden=64, learning_rate=3e-3, tau=0.05, gamma=0.8)
     torch.manual_seed(0)
     sac, states = mbpo.SAC(3, 1, args, CPU), torch.eye(3)
-    sac.optimizers["alpha"] = types.SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
-    sac.log_alpha.data.fill_(-100.0)
+    sac.log_alpha.data.fill_(-100.0)  # it moves by 0.003 a step
     reward, after, ended = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([1, 2, 0]), torch.tensor([0.0, 0, 1])
     for _ in range(1_500):
         i = torch.randint(3, (64,))
         sac.update(states[i], torch.rand(64, 1) * 2 - 1, reward[i], states[after[i]], ended[i], None)
     with torch.no_grad():
-        values = mbpo.action_values(sac.critics, states, torch.zeros(3, 1)).mean(0)
+        values = sac.critics(states, torch.zeros(3, 1)).mean(0)
     assert values.tolist() == pytest.approx([1 + 0.8 * (2 - 0.8 * 3), 2 - 0.8 * 3, -3], abs=0.1)
 
 
