@@ -108,7 +108,7 @@ def header_matches_requirements(root: Path) -> list[str]:
                 wrong.append(f"{path.name} asks for {line}, requirements.txt does not")
     asked = {line for path in scripts(root) for line in header(path).get("dependencies", [])}
     for name, line in ours.items():
-        if line not in asked and name not in ("pytest", "hypothesis"):
+        if line not in asked and name not in ("pytest", "pytest-xdist", "hypothesis"):
             wrong.append(f"requirements.txt asks for {line}, no script does")
     return wrong
 
