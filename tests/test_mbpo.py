@@ -680,3 +680,20 @@ def test_compiled_updates_are_those_of_eager_mode():
         assert torch.allclose(p, q, atol=2e-3) and (p - r).abs().max() > 0.01
     for p, q in zip(*made, strict=True):
         assert torch.allclose(p, q, atol=2e-3)
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("variant", ["", "--learn-termination --value-expansion 1"])
+def test_it_keeps_the_pole_up(variant, tmp_path):
+    """1,500 steps, small networks. A random agent and an untrained policy are measured too."""
+    small = "--hidden 64 --model-layers 2 --model-hidden 64 --rollouts 10000 --weight-decay 5e-5 --picture-every 0"
+    flags = f"{variant} {small} --total-timesteps 1500 --eval-every 0 --eval-max-steps 300"
+    run_dir = helpers.run("mbpo", flags, tmp_path / "r")
+    env = mbpo.make_task(Args())
+    env.action_space.seed(0)
+    by_chance, _ = mbpo.evaluate(lambda: lambda obs: env.action_space.sample(), env, 20, 1, 300)
+    torch.manual_seed(1)
+    policy = mbpo.Policy(4, 1, 64)
+    untrained, _ = mbpo.evaluate(lambda: mbpo.deterministic(policy, CPU), env, 20, 1, 300)
+    assert max(np.mean(by_chance), np.mean(untrained)) < 35
+    assert helpers.scalars(run_dir)["eval/episodic_return"][1500] > 45

@@ -246,7 +246,7 @@ def test_gaussian_speaks_in_the_states_units():
 class LinearEnsemble:
     """Member b: s' ~ N(A_b s + a + c_b, σ²), what the closed forms below are for."""
 
-    heads, unread, probabilistic = False, 0, True
+    rewards, ends, unread, probabilistic = False, False, 0, True
 
     def __init__(self, matrices, shifts, noise):
         self.matrices, self.shifts, self.noise, self.members = matrices, shifts, noise, len(shifts)
