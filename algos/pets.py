@@ -43,7 +43,7 @@ Run (measured on 2 CPU cores, imports included; docs/pets.md has the curves of f
     python algos/pets.py pendulum                     # 3.5 minutes: −131 ± 5
     python algos/pets.py cartpole --propagation E     # the paper's ablations: also --model D, --optimizer random
     python algos/pets.py cartpole --dynamics true     # the same planner in the true equations: no model error
-    python algos/pets.py cartpole-paper --bf16        # the paper's sizes: 9 seconds a step here
+    python algos/pets.py cartpole-paper --bf16        # the paper's sizes: 8.5 seconds a step here
     python algos/pets.py --env-id MountainCarContinuous-v0    # reward and end are learned too
 
 Deviations from the paper and the official code:
