@@ -683,7 +683,7 @@ def test_compiled_updates_are_those_of_eager_mode():
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("variant", ["", "--learn-termination --value-expansion 1"])
+@pytest.mark.parametrize("variant", ["", "--value-expansion 1"])
 def test_it_keeps_the_pole_up(variant, tmp_path):
     """1,500 steps, small networks. A random agent and an untrained policy are measured too."""
     small = "--hidden 64 --model-layers 2 --model-hidden 64 --rollouts 10000 --weight-decay 5e-5 --picture-every 0"
