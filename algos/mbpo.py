@@ -393,7 +393,9 @@ def elite_sampler(args: Args, model: Ensemble, elites: list[int]) -> Predict:
         mean, std, logit = chosen.gaussian(s[rows], a[rows])
         y = (mean + std * torch.randn_like(mean)).flatten(0, 1)[seat]
         s2, r = s + y[:, :-1], y[:, -1]
-        return s2, r, logit.flatten()[seat] > 0 if chosen.ends else task.ended(s2)
+        if chosen.ends:  # drawn, like all else: what is taken for alive whenever it is likelier is valued too high
+            return s2, r, torch.rand_like(r) < logit.flatten()[seat].sigmoid()
+        return s2, r, task.ended(s2)
 
     return predict
 
