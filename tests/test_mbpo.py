@@ -254,12 +254,13 @@ def test_the_end_is_known_or_learned():
         assert torch.equal(ended, s2[:, 1].abs() > 0.2) and ended.any()
         model = ensemble(state=4, action=1, ends=True)
         pairs = s.expand(4, -1, -1), a.expand(4, -1, -1)
+        model.weights[-1][2, :, -1] *= 20
         model.biases[-1][2, 0, -1] -= model.gaussian(*pairs)[2][2].median()
         learned = mbpo.elite_sampler(Args(), model, [2])
         chance = model.gaussian(*pairs)[2][2].sigmoid()
         drawn = torch.stack([learned(s, a)[2] for _ in range(2_000)])
         assert drawn.dtype == torch.bool
-        assert torch.allclose(drawn.float().mean(0), chance, atol=0.05) and chance.std() > 0.02
+        assert torch.allclose(drawn.float().mean(0), chance, atol=0.05) and chance.std() > 0.2
 
 
 def test_the_length_grows_as_scheduled():
