@@ -11,7 +11,6 @@ experiment writes benchmarks/results/mbpo_<name>.csv and docs/figures/mbpo_<name
 
 import csv
 import json
-import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, run
+from mpc_rs_figures import curve, interval, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,16 +64,7 @@ class Args:
 def main(args: Args) -> None:
     variants, seeds, shown = EXPERIMENTS[args.name]
     seeds = args.seeds or seeds
-    folders = {
-        label: [args.runs / f"{flags.replace(' ', '_').replace('-', '')}_{seed}" for seed in range(1, seeds + 1)]
-        for label, flags in variants.items()
-    }
-    args.runs.mkdir(parents=True, exist_ok=True)
-    jobs = [("mbpo", folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
-            for label, flags in variants.items() for seed in range(1, seeds + 1)]  # fmt: skip
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for number, _ in enumerate(pool.imap(run, jobs), 1):
-            print(f"{number} of {len(jobs)} runs done", flush=True)
+    folders = train_all("mbpo", variants, seeds, args.runs, args.workers)
 
     rows, figure = [], Figure(figsize=(7, 4), dpi=100)
     axes = figure.add_subplot(xlabel="real environment steps", ylabel="evaluation return")

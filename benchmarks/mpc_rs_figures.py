@@ -85,6 +85,21 @@ def run(job: tuple[str, Path, list[str]]) -> None:
     clock.write_text(json.dumps({"seconds": time.perf_counter() - start, "resumed": begun}))
 
 
+def train_all(script: str, variants: dict[str, str], seeds: int, runs: Path, workers: int) -> dict[str, list[Path]]:
+    """Every variant (label → command line) with every seed: label → its finished run folders."""
+    folders = {
+        label: [runs / f"{flags.replace(' ', '_').replace('-', '')}_{seed}" for seed in range(1, seeds + 1)]
+        for label, flags in variants.items()
+    }
+    runs.mkdir(parents=True, exist_ok=True)
+    jobs = [(script, folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
+            for seed in range(1, seeds + 1) for label, flags in variants.items()]  # fmt: skip
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for number, _ in enumerate(pool.imap(run, jobs), 1):
+            print(f"{number} of {len(jobs)} runs done", flush=True)
+    return folders
+
+
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     if tag in events.Tags()["scalars"]:
@@ -102,16 +117,7 @@ def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def main(args: Args) -> None:
     variants, seeds = EXPERIMENTS[args.name]
-    folders = {
-        label: [args.runs / f"{args.name}_{number}_{seed}" for seed in range(1, seeds + 1)]
-        for number, label in enumerate(variants)
-    }
-    args.runs.mkdir(parents=True, exist_ok=True)
-    jobs = [("mpc_rs", folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
-            for label, flags in variants.items() for seed in range(1, seeds + 1)]  # fmt: skip
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for number, _ in enumerate(pool.imap(run, jobs), 1):
-            print(f"{number} of {len(jobs)} runs done", flush=True)
+    folders = train_all("mpc_rs", variants, seeds, args.runs, args.workers)
 
     rows, figure = [], Figure(figsize=(7, 4), dpi=100)
     axes = figure.add_subplot(xlabel="real environment steps", ylabel="return of an episode")

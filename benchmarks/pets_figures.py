@@ -14,7 +14,6 @@ experiment writes benchmarks/results/pets_<name>.csv and docs/figures/pets_<name
 
 import csv
 import json
-import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import pets
-from mpc_rs_figures import curve, interval, run
+from mpc_rs_figures import curve, interval, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,16 +87,7 @@ def main(args: Args) -> None:
         return
     variants, seeds = EXPERIMENTS[args.name]
     seeds = args.seeds or seeds
-    folders = {
-        label: [args.runs / f"{flags.replace(' ', '_').replace('-', '')}_{seed}" for seed in range(1, seeds + 1)]
-        for label, flags in variants.items()
-    }
-    args.runs.mkdir(parents=True, exist_ok=True)
-    jobs = [("pets", folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
-            for seed in range(1, seeds + 1) for label, flags in variants.items()]  # fmt: skip
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for number, _ in enumerate(pool.imap(run, jobs), 1):
-            print(f"{number} of {len(jobs)} runs done", flush=True)
+    folders = train_all("pets", variants, seeds, args.runs, args.workers)
 
     rows, figure = [], Figure(figsize=(7, 4), dpi=100)
     axes = figure.add_subplot(xlabel="real environment steps", ylabel="return of a trial")

@@ -1,6 +1,7 @@
 """The benchmarks still run, and what they compute is right."""
 
 import math
+import multiprocessing
 
 import gymnasium as gym
 import helpers
@@ -100,7 +101,7 @@ def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     args = runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1)
-    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: InThisProcess())
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
     runner.main(args)
     table = capsys.readouterr().out
     made = (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text()
@@ -121,7 +122,7 @@ def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, ca
     for folder in ("docs/figures", "benchmarks/results"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setattr(runner, "ROOT", tmp_path)
-    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: InThisProcess())
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
     runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
     made = (tmp_path / "benchmarks/results/pets_pendulum.csv").read_text()
     last = [float(line.split(",")[4]) for line in made.splitlines() if ",charts/episodic_return,400," in line]
@@ -137,7 +138,7 @@ def test_the_policys_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     for folder in ("docs/figures", "benchmarks/results"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setattr(runner, "ROOT", tmp_path)
-    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: InThisProcess())
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
     runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
     made, table = (tmp_path / "benchmarks/results/mbpo_pendulum.csv").read_text(), capsys.readouterr().out
     for label in variants:
