@@ -54,8 +54,8 @@ Deviations from the paper and the official code:
     overflows is left out, and its branch ends.
   - A training of the model that falls on an epoch's start is no exception: it is due every `--model-every` steps.
   - Of MVE the target alone, with SAC's entropies; its critics are trained on imagined states only if branches are.
-  - The critics step first, then the policy, the temperature and the targets; in the code's graph all but the targets
-    step at once.
+  - The critics step first, then policy and temperature together, then the targets; in the code's graph all but the
+    targets step at once.
   - The tasks are Gymnasium's v5, with their observations and ends. Where a task has no entry in TASKS its end is
     learned with the model; the reward is always learned, as in the paper.
 """
