@@ -763,7 +763,7 @@ def make_world(args: Args, env: gym.Env) -> Optional[Ensemble]:
                     probabilistic=True, rewards=True, ends=ends)  # fmt: skip
 
 
-def deterministic(policy: Policy, device: torch.device) -> Callable[[Any], Any]:
+def deterministic(policy: nn.Module, device: torch.device) -> Callable[[Any], Any]:
     """The deterministic policy as a function of one observation."""
 
     @torch.inference_mode()

@@ -25,6 +25,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import dyna_q
+import mage
 import mbpo
 import mpc_rs
 import pets
@@ -273,6 +274,91 @@ def mbpo_rates(rounds: int) -> list[tuple[str, str, float]]:
     return rows + [(name, "million rows/s", rate / 1e6) for name, rate in branches.items()]
 
 
+# ── mage: updates ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def through_every_member(args: mage.Args, model: mage.GaussianEnsemble) -> mage.Predict:
+    """All members compute all rows, and of each row one member is kept."""
+    task = mage.TASKS[args.env_id]
+
+    def predict(s: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, logvar, _ = model(model.inputs(s, a).expand(model.members, -1, -1))
+        row, member = torch.arange(len(s)), torch.randint(model.members, (len(s),))
+        mean, std = mean[member, row], (0.5 * logvar).exp()[member, row]
+        s2 = s + (mean + std * torch.randn_like(mean)) * model.change_std + model.change_mean
+        return s2, task.reward(s, a, s2), task.ended(s2)
+
+    return predict
+
+
+def twice_through_everything(learner: mage.TD3, predict: mage.Predict, s: torch.Tensor) -> None:
+    """An update of the critics as the public code does it: the graph of model, reward, policy and target networks is
+    kept, differentiated, and differentiated again."""
+    args, a = learner.args, learner.policy(s)
+    s2, r, ended = predict(s, a)
+    y = r + args.gamma * (~ended) * mage.next_value(learner, s2, learner.blur(a))
+    loss = 0.0
+    for q in learner.critics(s, a):
+        error = y - q
+        (slope,) = torch.autograd.grad(error.sum(), a, create_graph=True)
+        for x, weight in ((error, 1.0), (slope.norm(dim=1), args.gradient_weight)):
+            loss = loss + weight * 0.5 * torch.nn.functional.smooth_l1_loss(x, torch.zeros_like(x))
+    learner.optimizers["critics"].zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_value_(learner.critics.parameters(), args.gradient_clip)
+    learner.optimizers["critics"].step()
+
+
+def mage_rates(rounds: int) -> list[tuple[str, str, float]]:
+    """At the paper's sizes for HalfCheetah: updates of the critics, with the policy's each second time, and training
+    steps of the model."""
+    torch.manual_seed(0)
+    args, cpu = mage.parse_args(["halfcheetah"]), torch.device("cpu")
+    env = mage.make_task(args)
+    model, data = mage.make_world(args, env), []
+    for shape in (env.observation_space.shape, env.action_space.shape, (), env.observation_space.shape):
+        data.append(torch.randn(args.batch_size, *shape))
+    batch = mage.Transitions(*data, *[torch.zeros(args.batch_size, dtype=torch.bool)] * 2)
+    model.set_normalizer(batch)
+    learners = {}
+    for kind in ("ours", "public"):
+        learners[kind] = mage.make_learner(args, env, cpu)
+    for network in learners["public"].networks().values():
+        network.requires_grad_(True)  # the targets too
+    half, every = torch.ones(env.action_space.shape), through_every_member(args, model)
+    predict = mage.sampler(args, model, 0 * half, half)
+
+    def ours(world: mage.Predict) -> None:
+        for _ in range(args.policy_every):
+            learners["ours"].fit_critics(batch.obs, *learners["ours"].target(batch, world))
+            learners["ours"].improve(batch.obs)
+
+    def public() -> None:
+        for _ in range(args.policy_every):
+            twice_through_everything(learners["public"], every, batch.obs)
+            learners["public"].improve(batch.obs)
+
+    optimizer = torch.optim.RAdam(model.parameters(), args.model_learning_rate, foreach=True)
+    rows = torch.randint(args.batch_size, (args.members, args.model_batch_size))
+    own = mage.Transitions(*(column[rows] for column in batch))
+
+    def train() -> None:
+        mage.descend(optimizer, mage.world_loss(model, own), args.gradient_clip)
+
+    few = min(rounds, 5)
+    rates = best_rates(
+        {
+            "MAGE, 8 × 4×512, batch 1,024": (functools.partial(ours, predict), args.policy_every),
+            "(one backward, all members compute all rows)": (functools.partial(ours, every), args.policy_every),
+            "(as the public code: two backwards, all members)": (public, args.policy_every),
+        },
+        few,
+    )
+    steps = best_rates({"its model, batch 256": (train, 1)}, few)
+    rows = [(name, "updates/s", rate) for name, rate in rates.items()]
+    return rows + [(name, "training steps/s", rate) for name, rate in steps.items()]
+
+
 @dataclass
 class Args:
     rounds: int = 30
@@ -296,6 +382,7 @@ def main(args: Args) -> None:
     rows += [("pets", name, "plans/s", rate) for name, rate in plans.items()]
     rows += [("pets", name, "GFLOP/s", rate) for name, rate in flops.items()]
     rows += [("mbpo", name, unit, rate) for name, unit, rate in mbpo_rates(args.rounds)]
+    rows += [("mage", name, unit, rate) for name, unit, rate in mage_rates(args.rounds)]
     print("| file | hot path | rate | unit |\n|-|-|-|-|")
     for file, name, unit, rate in rows:
         print(f"| {file} | {name} | {rate:.3g} | {unit} |")

@@ -168,4 +168,39 @@ CASES = {
             ("--random-steps 2", "--random-steps"),
         ],
     ),
+    "mage": Case(
+        quick="--total-timesteps 1100 --random-steps 500 --model-every 250 --model-batches 3 --updates 2 "
+        "--batch-size 32 --hidden 16 --members 3 --model-layers 2 --model-hidden 16 --reward-hidden 16 "
+        "--model-batch-size 32 --log-every 50 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "
+        "--picture-every 600",
+        options=[
+            "--gradient-weight 0",
+            "--gradient-weight 0 --no-imagine",
+            "cartpole --capture-video",
+            "hopper --learn-reward",
+            "--env-id MountainCarContinuous-v0",
+            "--catastrophe-guard",
+        ],
+        resume=[
+            "--learn-reward",
+            "--gradient-weight 0 --no-imagine",
+            "halfcheetah --catastrophe-guard --updates 1",
+        ],
+        bad=[
+            ("--env-id CartPole-v1", "dyna_q.py"),
+            ("--no-imagine", "--gradient-weight 0"),
+            ("--no-imagine --gradient-weight 0 --learn-reward", "--learn-reward"),
+            ("--gradient-weight -1", "--gradient-weight"),
+            ("--updates 0", "--updates"),
+            ("--members 0", "--members"),
+            ("--policy-every 0", "--policy-every"),
+            ("--model-batches 0", "--model-batches"),
+            ("--random-steps 10", "--model-every"),
+            ("--target-noise -0.1", "--target-noise"),
+            ("--gradient-clip 0", "--gradient-clip"),
+            ("--gamma 1", "--gamma"),
+            ("--tau 0", "--tau"),
+            ("--learning-rate 0", "--learning-rate"),
+        ],
+    ),
 }

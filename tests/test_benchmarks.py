@@ -17,7 +17,7 @@ speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
     rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
-    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets", "mbpo"}
+    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets", "mbpo", "mage"}
     assert all(float(row.split(",")[-1]) > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
 
@@ -146,6 +146,61 @@ def test_the_policys_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
         assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in table
         assert f"| {np.mean(last):.0f} ± " in table
     assert (tmp_path / "docs/figures/mbpo_pendulum.png").stat().st_size > 5_000
+
+
+def test_the_critics_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "mage_figures.py")
+    short = "--total-timesteps 200 --random-steps 100 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8"
+    short += " --model-batches 2 --eval-every 50 --eval-episodes 1 --picture-every 100 --eval-max-steps 20"
+    variants = {"MAGE": f"pendulum {short}", "Dyna-TD3": f"pendulum {short} --gradient-weight 0"}
+    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2, (150, 200)))
+    for folder in ("docs/figures", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
+    runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
+    made, table = (tmp_path / "benchmarks/results/mage_pendulum.csv").read_text(), capsys.readouterr().out
+    areas = {}
+    for label in variants:
+        last = [float(x.split(",")[4]) for x in made.splitlines() if x.startswith(f"{label},") and ",200," in x
+                and "eval/" in x]  # fmt: skip
+        assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in table
+        areas[label] = []
+        for seed in (1, 2):
+            points = [float(x.split(",")[4]) for x in made.splitlines() if x.startswith(f"{label},{seed},eval/")]
+            assert len(points) == 4
+            areas[label].append((points[0] / 2 + points[1] + points[2] + points[3] / 2) / 3)
+        assert f"| {label} | {np.mean(areas[label]):.0f} ± " in table
+    lead = np.subtract(areas["MAGE"], areas["Dyna-TD3"])
+    assert f"| {lead.mean():.0f} ± {runner.interval(lead)[1]:.0f} |" in table
+    assert made.count("model/gradient_cosine") == 2 * 2 * 2
+    assert (tmp_path / "docs/figures/mage_pendulum.png").stat().st_size > 5_000
+
+
+def test_the_public_codes_update_is_the_fast_one(monkeypatch):
+    """What the speed table compares does the same thing: the same members for the same rows, no noise."""
+    mage, n = speed.mage, 16
+    args = mage.Args(env_id="HalfCheetah-v5", hidden=8, learning_rate=1e-2)
+    s, made = torch.randn(n, 18), []
+    model = mage.GaussianEnsemble(4, 18, 6, 1, 8, 1, False, 0)
+    model.set_normalizer(mage.Transitions(s, torch.randn(n, 6), None, s + torch.randn(n, 18), None, None))
+    monkeypatch.setattr(mage.torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(mage.torch, "randperm", lambda n, device=None: torch.arange(n))
+    monkeypatch.setattr(speed.torch, "randint", lambda high, shape: torch.arange(n) // 4)
+    for public in (False, True):
+        torch.manual_seed(0)
+        learner = mage.TD3(18, 6, 1, args, torch.device("cpu"))
+        predict = mage.sampler(args, model, torch.zeros(6), torch.ones(6))
+        for _ in range(3):
+            if public:
+                speed.twice_through_everything(learner, speed.through_every_member(args, model), s)
+            else:
+                batch = mage.Transitions(s, *[torch.zeros(n)] * 5)
+                learner.fit_critics(s, *learner.target(batch, predict))
+            learner.improve(s)
+        made.append([p.detach() for network in learner.networks().values() for p in network.parameters()])
+    for p, q in zip(*made, strict=True):
+        assert torch.allclose(p, q, atol=1e-5)
 
 
 def test_a_plain_update_is_the_fast_one():

@@ -186,6 +186,7 @@ def test_mppi_candidates_stay_in_the_box(monkeypatch):
 
 def test_what_lies_beyond_the_end_does_not_count():
     """A candidate that has ended keeps its return, though the model overflows afterwards."""
+
     def predict(s, a):
         s2 = s + 1
         return s2, torch.where(s2[..., 0] > 2, math.inf, 1.0) * a[..., 0], s2[..., 0] >= 2
@@ -367,6 +368,7 @@ def test_windows_stay_in_their_episode_and_in_the_new_rows():
 
 def test_open_loop_errors_are_equation_3():
     """A model that is wrong by 0.1 a step in x alone: after h steps by 0.1 h."""
+
     def predict(s, a):
         s2 = s + a.sum(-1, keepdim=True) + torch.tensor([0.1, 0.0, 0.0])
         return s2, s2[..., 0], torch.zeros(len(s), dtype=torch.bool)
@@ -563,7 +565,7 @@ def test_the_picture_shows_what_was_planned_and_what_the_model_had_not_seen(tmp_
     run_dir = helpers.run("mpc_rs", flags, tmp_path / "r")
     obs, action, *_ = helpers.checkpoint(run_dir)["replay"]["columns"]
     assert [size for size, _ in fits] == [50, 125, 200]
-    (states, begin, plans, *_), = drawn
+    ((states, begin, plans, *_),) = drawn
     assert begin == 50 and list(plans) == list(range(50, 200, 5))
     assert np.array_equal(states, obs[50:])
     args = mpc_rs.parse_args(["--evaluate", str(run_dir)])
