@@ -9,7 +9,6 @@ experiment writes benchmarks/results/mage_<name>.csv and docs/figures/mage_<name
 """
 
 import csv
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, train_all
+from mpc_rs_figures import curve, interval, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,9 +98,8 @@ def main(args: Args) -> None:
                 each = ", ".join(f"{value:.1f}" for value in values[:, -1])
             else:
                 cosine = values.mean()
-        minutes = [json.loads(folder.with_suffix(".json").read_text())["seconds"] / 60 for folder in folders[label]]
         cells = " | ".join(table.get(step, "") for step in shown)
-        print(f"| `{flags}` | {cells} | {each} | {cosine:.2f} | {np.mean(minutes):.1f} |")
+        print(f"| `{flags}` | {cells} | {each} | {cosine:.2f} | {minutes(folders[label])} |")
     print("\n| area under the curve | mean return over the steps | MAGE's less this, the same seed |\n|-|-|-|")
     for label, found in areas.items():
         (mean, half), (lead, room) = (interval(x) for x in (found, areas["MAGE"] - found))

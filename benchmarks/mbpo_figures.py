@@ -10,7 +10,6 @@ experiment writes benchmarks/results/mbpo_<name>.csv and docs/figures/mbpo_<name
 """
 
 import csv
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, train_all
+from mpc_rs_figures import curve, interval, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,13 +73,12 @@ def main(args: Args) -> None:
     for label, flags in variants.items():
         curves = [curve(folder, "eval/episodic_return") for folder in folders[label]]
         rows += [[label, seed, step, f"{value:.4f}"] for seed, points in enumerate(curves, 1) for step, value in points]
-        minutes = [json.loads(folder.with_suffix(".json").read_text())["seconds"] / 60 for folder in folders[label]]
         steps, values = [step for step, _ in curves[0]], np.array([[value for _, value in points] for points in curves])
         means, halves = interval(values)
         found = {step: f"{means[i]:.0f} ± {halves[i]:.0f}" for i, step in enumerate(steps)}
         each = ", ".join(f"{value:.1f}" for value in values[:, -1])
         cells = " | ".join(found.get(step, "") for step in shown)
-        print(f"| `{flags}` | {cells} | {each} | {np.mean(minutes):.1f} |")
+        print(f"| `{flags}` | {cells} | {each} | {minutes(folders[label])} |")
         (line,) = axes.plot(steps, means, label=label)
         axes.fill_between(steps, means - halves, means + halves, alpha=0.15, color=line.get_color())
     axes.legend(fontsize=8)

@@ -115,6 +115,13 @@ def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return samples.mean(0), (high - low) / 2
 
 
+def minutes(folders: list[Path]) -> str:
+    """The mean wall-clock of the runs that were never stopped."""
+    clocks = [json.loads(folder.with_suffix(".json").read_text()) for folder in folders]
+    whole = [clock["seconds"] / 60 for clock in clocks if not clock["resumed"]]
+    return f"{np.mean(whole):.1f}" if whole else ""
+
+
 def main(args: Args) -> None:
     variants, seeds = EXPERIMENTS[args.name]
     folders = train_all("mpc_rs", variants, seeds, args.runs, args.workers)
@@ -130,10 +137,9 @@ def main(args: Args) -> None:
                 rows += [[label, seed, tag, step, f"{value:.4f}"] for step, value in kept[-1]]
         final = np.array([points[-1][1] for points in evaluations])
         mean, half = interval(final)
-        minutes = [json.loads(folder.with_suffix(".json").read_text())["seconds"] / 60 for folder in folders[label]]
         each = ", ".join(f"{value:.1f}" for value in final)
         shown = f"{mean:.1f} ± {half:.1f}" if len(final) > 1 else f"{mean:.1f}"
-        print(f"| `{flags}` | {each} | {shown} | {np.mean(minutes):.1f} |")
+        print(f"| `{flags}` | {each} | {shown} | {minutes(folders[label])} |")
         if "--dynamics true" in flags:
             axes.axhline(mean, linestyle=":", color="black" if "MPPI" in label else "gray", label=label)
             continue

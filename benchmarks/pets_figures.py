@@ -13,7 +13,6 @@ experiment writes benchmarks/results/pets_<name>.csv and docs/figures/pets_<name
 """
 
 import csv
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import pets
-from mpc_rs_figures import curve, interval, train_all
+from mpc_rs_figures import curve, interval, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,14 +99,13 @@ def main(args: Args) -> None:
         training = [[point for point in points if point[0] <= end] for points in curves[label]]
         for tag, kept in (("eval/episodic_return", evaluations), ("charts/episodic_return", training)):
             rows += [[label, seed, tag, step, f"{value:.4f}"] for seed, x in enumerate(kept, 1) for step, value in x]
-        minutes = [json.loads(folder.with_suffix(".json").read_text())["seconds"] / 60 for folder in folders[label]]
         tests = np.array([points[-1][1] for points in evaluations])
         last = np.array([points[-1][1] for points in training])
         middle = [dict(points).get(1_200, np.nan) for points in training]
         spread = [f" ± {half:.1f}" if seeds > 1 else "" for half in (interval(last)[1], interval(tests)[1])]
         each = ", ".join(f"{value:.1f}" for value in last)
         print(f"| `{flags}` | {np.mean(middle):.1f} (min {np.min(middle):.1f}) | {each} | {last.mean():.1f}{spread[0]} "
-              f"| {tests.mean():.1f}{spread[1]} | {np.mean(minutes):.1f} |")  # fmt: skip
+              f"| {tests.mean():.1f}{spread[1]} | {minutes(folders[label])} |")  # fmt: skip
         if "--dynamics true" in flags:
             axes.axhline(tests.mean(), linestyle=":", color="black", label=label)
             continue

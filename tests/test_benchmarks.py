@@ -1,5 +1,6 @@
 """The benchmarks still run, and what they compute is right."""
 
+import json
 import math
 import multiprocessing
 
@@ -112,6 +113,14 @@ def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: 1 / 0)
     runner.main(args)
     assert (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text() == made
+
+
+def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
+    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
+    for name, seconds, resumed in (("a", 60, False), ("b", 240, False), ("c", 6_000, True)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"seconds": seconds, "resumed": resumed}))
+    assert runner.minutes([tmp_path / name for name in "abc"]) == "2.5"
+    assert runner.minutes([tmp_path / "c"]) == ""
 
 
 def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
