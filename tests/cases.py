@@ -169,10 +169,10 @@ CASES = {
         ],
     ),
     "mage": Case(
-        quick="--total-timesteps 1100 --random-steps 500 --model-every 250 --model-batches 3 --updates 2 "
+        quick="--total-timesteps 1100 --random-steps 700 --model-every 250 --model-batches 3 --updates 1 "
         "--batch-size 32 --hidden 16 --members 3 --model-layers 2 --model-hidden 16 --reward-hidden 16 "
         "--model-batch-size 32 --log-every 50 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "
-        "--picture-every 600",
+        "--picture-every 600 --true-horizon 20",
         options=[
             "--gradient-weight 0",
             "--gradient-weight 0 --no-imagine",
@@ -184,7 +184,7 @@ CASES = {
         resume=[
             "--learn-reward",
             "--gradient-weight 0 --no-imagine",
-            "halfcheetah --catastrophe-guard --updates 1",
+            "halfcheetah --catastrophe-guard",
         ],
         bad=[
             ("--env-id CartPole-v1", "dyna_q.py"),
@@ -193,6 +193,7 @@ CASES = {
             ("--gradient-weight -1", "--gradient-weight"),
             ("--updates 0", "--updates"),
             ("--members 0", "--members"),
+            ("--true-horizon 0", "--true-horizon"),
             ("--policy-every 0", "--policy-every"),
             ("--model-batches 0", "--model-batches"),
             ("--random-steps 10", "--model-every"),
