@@ -176,7 +176,11 @@ def interrupt_after(monkeypatch, module, steps, number=signal.SIGTERM):
 
 
 RESUMES = [(name, "", number) for name in NAMES for number in (signal.SIGTERM, signal.SIGINT)]
-RESUMES += [(name, flags, signal.SIGTERM) for name in NAMES for flags in CASES[name].resume]
+RESUMES += [  # in the slower tier: each trains twice
+    pytest.param(name, flags, signal.SIGTERM, marks=pytest.mark.learning)
+    for name in NAMES
+    for flags in CASES[name].resume
+]
 
 
 @pytest.mark.parametrize(("name", "flags", "number"), RESUMES)
