@@ -171,6 +171,8 @@ class Args:
     picture_every: int = 200
     """Compare the critics' action gradients with the simulator's, and draw them, at the first evaluation after this
     many steps, 20 times at most; 0: never."""
+    true_states: int = 40
+    """States in which they are compared."""
     true_horizon: int = 300
     """Steps after which a return is cut when the simulator's gradients are measured."""
     capture_video: bool = False
@@ -636,23 +638,26 @@ def goes_on_alike(one: gym.Env, two: gym.Env) -> bool:
 
 
 def true_gradients(
-    act: Callable[[Any], Any], envs: list[gym.Env], seed: int, states: int, between: int, horizon: int, gamma: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """∇_a Q^π(s, a) at a = π(s), of the world itself. The states s [K, D] are met every `between` steps in episodes of
-    which half of the actions are random, for a policy at rest would show one state. The gradients [2, K, A] are
-    differences of the policy's discounted returns after slightly other first actions, by steps of two sizes: where the
-    two do not agree, the return is no smooth function of the action. Two environments for each action."""
-    obs, *_ = [env.reset(seed=seed)[0] for env in envs]
-    found, rng = [], np.random.default_rng(seed)
-    for step in range(states * between):
-        if step % between == 0:
-            found.append((np.array(obs), simulator_state(envs[0])))
-        chance = rng.uniform(-1, 1, envs[0].action_space.shape).astype(np.float32)
-        obs, _, terminated, truncated, _ = envs[0].step(chance if rng.random() < 0.5 else act(obs))
-        if terminated or truncated:
-            obs, _ = envs[0].reset()
+    act: Callable[[Any], Any], envs: list[gym.Env], seed: int, states: int, limit: int, horizon: int, gamma: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """∇_a Q^π(s, a) at a = π(s), of the world itself: states s [K, D] and gradients [K, A], differences of the policy's
+    discounted returns after slightly other first actions; and [K/4, A] again by half as large a difference: where the
+    two do not agree, the return is no smooth function of the action. Two environments for each action.
+
+    Each state is met up to `limit` steps after a reset, with a share of random actions between none and all."""
+    rng, found = np.random.default_rng(seed), []
+    for env in envs:
+        env.reset(seed=seed)
+    for _ in range(states):
+        share, (obs, _) = rng.random(), envs[0].reset()
+        for _ in range(rng.integers(limit)):
+            chance = rng.uniform(-1, 1, envs[0].action_space.shape).astype(np.float32)
+            obs, _, terminated, truncated, _ = envs[0].step(chance if rng.random() < share else act(obs))
+            if terminated or truncated:
+                obs, _ = envs[0].reset()
+        found.append((np.array(obs), simulator_state(envs[0])))
     gradients = []
-    for size, (s, state) in itertools.product((0.01, 0.005), found):
+    for size, (s, state) in [*((0.01, x) for x in found), *((0.005, x) for x in found[: -(-states // 4)])]:
         a, step = act(s), size * np.eye(len(envs) // 2, dtype=np.float32)
         tried = np.clip(np.concatenate([a + step, a - step]), -1, 1)  # [2A, A]
         returns, alive, actions = np.zeros(len(envs)), np.ones(len(envs), bool), tried
@@ -670,7 +675,7 @@ def true_gradients(
         up, down = np.split(returns, 2)
         apart = np.diagonal(tried[: len(step)] - tried[len(step) :])
         gradients.append((up - down) / apart)
-    return np.array([s for s, _ in found]), np.array(gradients).reshape(2, states, -1)
+    return np.array([s for s, _ in found]), np.array(gradients[:states]), np.array(gradients[states:])
 
 
 def critic_gradients(learner: TD3, s: torch.Tensor) -> torch.Tensor:
@@ -714,7 +719,7 @@ def check_settings(args: Args) -> None:
     for least, names in (
         (1, ("random_steps", "updates", "batch_size", "policy_every", "hidden", "reward_hidden")),
         (1, ("members", "model_layers", "model_hidden", "model_batch_size", "model_every", "model_batches")),
-        (1, ("true_horizon",)),
+        (1, ("true_states", "true_horizon")),
         (0, ("gradient_weight", "exploration_noise", "target_noise", "noise_clip", "weight_decay")),
     ):
         for name in names:
@@ -829,15 +834,14 @@ def train(args: Args) -> Path:
     def draw() -> None:
         before = random_states()
         limit = min(args.eval_max_steps, env.spec.max_episode_steps or args.eval_max_steps)
-        states = min(20, limit)
         for probe in probes:
             set_env_state(probe, env_state(env), generators=False)
-        s, (true, finer) = true_gradients(
-            deterministic(learner.policy, device), probes, args.seed + 20_000, states, limit // states,
-            args.true_horizon, args.gamma,
-        )  # fmt: skip
+        act = deterministic(learner.policy, device)
+        s, true, finer = true_gradients(
+            act, probes, args.seed + 20_000, args.true_states, limit, args.true_horizon, args.gamma
+        )
         believed = critic_gradients(learner, torch.as_tensor(s, dtype=torch.float32, device=device)).cpu().numpy()
-        (cosine, error), (trust, _) = gradient_fit(believed, true), gradient_fit(finer, true)
+        (cosine, error), (trust, _) = gradient_fit(believed, true), gradient_fit(finer, true[: len(finer)])
         found = {"cosine": cosine, "error": error, "trust": trust}
         log.scalars(step, {f"model/gradient_{name}": value for name, value in found.items()})
         history.append((step, cosine))

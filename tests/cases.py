@@ -172,7 +172,7 @@ CASES = {
         quick="--total-timesteps 1100 --random-steps 700 --model-every 250 --model-batches 3 --updates 1 "
         "--batch-size 32 --hidden 16 --members 3 --model-layers 2 --model-hidden 16 --reward-hidden 16 "
         "--model-batch-size 32 --log-every 50 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "
-        "--picture-every 600 --true-horizon 20",
+        "--picture-every 600 --true-horizon 20 --true-states 8",
         options=[
             "--gradient-weight 0",
             "--gradient-weight 0 --no-imagine",
@@ -194,6 +194,7 @@ CASES = {
             ("--updates 0", "--updates"),
             ("--members 0", "--members"),
             ("--true-horizon 0", "--true-horizon"),
+            ("--true-states 0", "--true-states"),
             ("--policy-every 0", "--policy-every"),
             ("--model-batches 0", "--model-batches"),
             ("--random-steps 10", "--model-every"),
