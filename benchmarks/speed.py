@@ -315,7 +315,7 @@ def mage_rates(rounds: int) -> list[tuple[str, str, float]]:
     torch.manual_seed(0)
     args, cpu = mage.parse_args(["halfcheetah"]), torch.device("cpu")
     env = mage.make_task(args)
-    model, data = mage.make_world(args, env), []
+    model, data = mage.make_dynamics(args, env), []
     for shape in (env.observation_space.shape, env.action_space.shape, (), env.observation_space.shape):
         data.append(torch.randn(args.batch_size, *shape))
     batch = mage.Transitions(*data, *[torch.zeros(args.batch_size, dtype=torch.bool)] * 2)
