@@ -174,12 +174,12 @@ CASES = {
         "--model-batch-size 32 --log-every 50 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "
         "--picture-every 600 --true-horizon 20 --true-states 8",
         options=[
+            "--catastrophe-guard",
             "--gradient-weight 0",
             "--gradient-weight 0 --no-imagine",
             "cartpole --capture-video",
             "hopper --learn-reward",
             "--env-id MountainCarContinuous-v0",
-            "--catastrophe-guard",
         ],
         resume=[
             "--learn-reward",

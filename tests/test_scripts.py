@@ -96,9 +96,13 @@ def check_film(path):
 
 
 @name_of
-def test_every_tag_explained_is_written_by_some_run(name, quick):
-    written = WRITTEN.get(name, set()) | helpers.tags(quick(name))
-    assert written == house.tags_on(helpers.ROOT / "docs" / f"{name}.md")
+def test_every_tag_explained_is_written_by_some_run(name, quick, tmp_path):
+    written, explained = WRITTEN.get(name, set()), house.tags_on(helpers.ROOT / "docs" / f"{name}.md")
+    written |= helpers.tags(quick(name))
+    for number, flags in enumerate(CASES[name].options):  # another process may have made the run that wrote it
+        if not explained <= written:
+            written |= helpers.tags(helpers.run(name, quickly(name, flags), tmp_path / str(number)))
+    assert written == explained
 
 
 @name_of
