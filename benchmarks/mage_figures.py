@@ -32,6 +32,7 @@ EXPERIMENTS = {  # label → command line, the number of seeds, and the steps of
             "MAGE": "pendulum",
             "Dyna-TD3": "pendulum --gradient-weight 0",
             "TD3": "pendulum --gradient-weight 0 --no-imagine",
+            "TD3, an update a step": "pendulum --gradient-weight 0 --no-imagine --updates 1",
         },
         5,
         (600, 800, 1_000, 1_400, 2_000, 3_000),
