@@ -9,12 +9,13 @@ of each counts. Quote ratios of one run.
 
 import csv
 import functools
+import heapq
 import platform
 import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -29,6 +30,7 @@ import mage
 import mbpo
 import mpc_rs
 import pets
+import vin
 
 
 def best_rates(variants: dict[str, tuple[Callable[[], object], float]], rounds: int) -> dict[str, float]:
@@ -359,6 +361,83 @@ def mage_rates(rounds: int) -> list[tuple[str, str, float]]:
     return rows + [(name, "training steps/s", rate) for name, rate in steps.items()]
 
 
+# ── vin: sweeps, moves learned from, mazes ────────────────────────────────────────────────────────────────────────
+
+
+def plain_plan(net: vin.VIN, images: torch.Tensor) -> torch.Tensor:
+    """As one would first write it, and the public code does: 150 channels, and in each sweep one convolution of both
+    maps, a maximum, and autograd's gradient."""
+    A = len(net.reward_kernel)
+    h = torch.nn.functional.conv2d(images, net.h_kernel, net.h_bias, padding=1)
+    r = torch.nn.functional.conv2d(h, net.r_kernel.view(1, -1, 1, 1))
+    w = torch.stack([net.reward_kernel.view(A, 3, 3), net.value_kernel.view(A, 3, 3)], 1)
+    q = torch.nn.functional.conv2d(r, w[:, :1], padding=1)
+    for _ in range(net.iterations):
+        v = q.max(1, keepdim=True)[0]
+        q = torch.nn.functional.conv2d(torch.cat([r, v], 1), w, padding=1)
+    return q
+
+
+def one_maze(n: int, obstacles: int) -> None:
+    """A maze and its shortest paths, cell by cell."""
+    while True:
+        walls = [[row in (0, n - 1) or col in (0, n - 1) for col in range(n)] for row in range(n)]
+        goal = (random.randint(1, n - 2), random.randint(1, n - 2))
+        for _ in range(random.randint(1, obstacles)):
+            row, col = random.randrange(n), random.randrange(n)
+            if random.random() < 0.5 and (row, col) != goal:
+                walls[row][col] = True
+        found, queue = {}, [(0.0, *goal)]
+        while queue:
+            length, row, col = heapq.heappop(queue)
+            if (row, col) in found or walls[row][col]:
+                continue
+            found[row, col] = length
+            for (i, j), cost in zip(vin.MOVES, vin.COSTS, strict=True):
+                heapq.heappush(queue, (length + cost, row + i, col + j))
+        if len(found) > 1:
+            return
+
+
+def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
+    plans, updates, mazes, few = {}, {}, {}, min(rounds, 5)
+    for preset in ("maze8", "maze16", "maze28"):
+        args = vin.PRESETS[preset][1]
+        recipe = vin.recipe(replace(args, mazes=200, test_mazes=10))
+        training, taught, *_ = vin.make_mazes(**recipe)
+        x, net = vin.images(training), vin.VIN(2, args.size, 8, args)
+        optimizer = torch.optim.RMSprop(net.parameters(), 1e-4, alpha=0.9, eps=1e-3)
+
+        def plan(how: Callable, x: torch.Tensor, args: vin.Args) -> None:
+            with torch.no_grad():
+                how(x[: args.batch_mazes])
+
+        def learn(how: Callable, x: torch.Tensor, taught: vin.Lessons, net: vin.VIN, optimizer, args: vin.Args) -> None:
+            chosen = torch.from_numpy(np.random.permutation(len(x))[: args.batch_mazes])
+            batch = vin.draw_batch(chosen, x, taught, args.batch_cells, 10**9)
+            logits = net.out(net.attend(how(batch.images), batch.maze, batch.row, batch.col))
+            loss = vin.imitation_loss(logits, batch.action)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        def draw(args: vin.Args) -> None:
+            drawn = vin.random_mazes(500, args.size, args.obstacles, args.obstacle_size, np.random.default_rng(0))
+            vin.lessons(drawn, args.paths, np.random.default_rng(0))
+
+        kinds = {preset: net.plan, f"({preset}, as one would first write it)": functools.partial(plain_plan, net)}
+        for name, how in kinds.items():
+            plans[name] = functools.partial(plan, how, x, args), args.iterations
+            updates[name] = (
+                functools.partial(learn, how, x, taught, net, optimizer, args), args.batch_mazes * args.batch_cells
+            )  # fmt: skip
+        mazes[preset] = functools.partial(draw, args), 500
+    mazes["(maze8, one by one)"] = functools.partial(one_maze, 8, 30), 1
+    rows = [(name, "sweeps/s, 32 mazes each", rate) for name, rate in best_rates(plans, rounds).items()]
+    rows += [(name, "moves learned from/s", rate) for name, rate in best_rates(updates, rounds).items()]
+    return rows + [(name, "mazes with paths/s", rate) for name, rate in best_rates(mazes, few).items()]
+
+
 @dataclass
 class Args:
     rounds: int = 30
@@ -383,6 +462,7 @@ def main(args: Args) -> None:
     rows += [("pets", name, "GFLOP/s", rate) for name, rate in flops.items()]
     rows += [("mbpo", name, unit, rate) for name, unit, rate in mbpo_rates(args.rounds)]
     rows += [("mage", name, unit, rate) for name, unit, rate in mage_rates(args.rounds)]
+    rows += [("vin", name, unit, rate) for name, unit, rate in vin_rates(args.rounds)]
     print("| file | hot path | rate | unit |\n|-|-|-|-|")
     for file, name, unit, rate in rows:
         print(f"| {file} | {name} | {rate:.3g} | {unit} |")

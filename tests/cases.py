@@ -205,4 +205,37 @@ CASES = {
             ("--learning-rate 0", "--learning-rate"),
         ],
     ),
+    "vin": Case(
+        quick="--total-timesteps 1100 --mazes 40 --test-mazes 20 --batch-mazes 4 --batch-cells 5 --log-every 50 "
+        "--eval-every 300 --eval-episodes 3 --picture-every 600 --transfer-size 0",
+        options=[
+            "--transfer-size 16 --capture-video",
+            "--model cnn",
+            "--model fcn --obstacle-size 1",
+            "--train rl --learning-rate 0.03",
+            "maze8 --train rl --model cnn",
+        ],
+        resume=[
+            "--train rl",
+            "--model fcn",
+        ],
+        bad=[
+            ("--env-id CartPole-v1 --train rl", "image"),
+            ("--env-id Pendulum-v1 --train rl", "actions"),
+            ("--env-id CartPole-v1", "--train rl"),
+            ("--env-id CartPole-v1 --data x.npz --train rl", "--data"),
+            ("--data no_such_file.npz", "no_such_file.npz"),
+            ("--iterations 0", "--iterations"),
+            ("--iterations -1", "--iterations"),
+            ("--size 4", "--size"),
+            ("--size 5 --mazes 5000 --obstacles 1", "nearly each maze"),
+            ("--obstacles 0", "--obstacles"),
+            ("--mazes 0", "--mazes"),
+            ("--q-channels 0", "--q-channels"),
+            ("--gamma 1.1", "--gamma"),
+            ("--learning-rate 0", "--learning-rate"),
+            ("--entropy -1", "--entropy"),
+            ("--decay-steps 0", "--decay-steps"),
+        ],
+    ),
 }

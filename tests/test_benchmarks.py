@@ -18,7 +18,7 @@ speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
     rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
-    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets", "mbpo", "mage"}
+    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets", "mbpo", "mage", "vin"}
     assert all(float(row.split(",")[-1]) > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
 
@@ -245,3 +245,18 @@ class InThisProcess:
         pass
 
     imap = staticmethod(map)
+
+
+def test_the_plain_planner_is_the_files():
+    """What the sweeps are timed against computes the same, with the same gradient."""
+    vin = speed.vin
+    torch.manual_seed(0)
+    net, x = vin.VIN(2, 8, 8, vin.Args(iterations=4)), torch.randn(3, 2, 8, 8)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(20)
+    plans = net.plan(x), speed.plain_plan(net, x)
+    assert torch.allclose(*plans, rtol=1e-3, atol=1e-3 * float(plans[1].abs().max()))
+    wanted = (net.h_kernel, net.reward_kernel, net.value_kernel)
+    for one, other in zip(*(torch.autograd.grad(plan.square().sum(), wanted) for plan in plans), strict=True):
+        assert torch.allclose(one, other, atol=1e-3 * float(other.abs().max()))
