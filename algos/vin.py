@@ -173,11 +173,17 @@ PRESETS = {
     "maze8": ("mazes of 8 × 8 cells, K = 10", Args()),
     "maze16": (
         "mazes of 16 × 16 cells, K = 20",
-        Args(size=16, obstacles=40, obstacle_size=1, iterations=20, transfer_size=28, transfer_iterations=36),
+        Args(
+            size=16, obstacles=40, obstacle_size=1, iterations=20, transfer_size=28, transfer_iterations=36,
+            total_timesteps=8_000_000, decay_steps=4_000_000,
+        ),
     ),
     "maze28": (
         "mazes of 28 × 28 cells, K = 36",
-        Args(size=28, obstacles=50, obstacle_size=2, iterations=36, transfer_size=0),
+        Args(
+            size=28, obstacles=50, obstacle_size=2, iterations=36, transfer_size=0, total_timesteps=8_000_000,
+            decay_steps=4_000_000,
+        ),
     ),
 }
 

@@ -91,6 +91,7 @@ def test_plans_are_counted_right(monkeypatch):
     assert flops[cart_pole] * 1e9 == pytest.approx(100 * 5 * 20 * 4 * 2 * (6 * 128 + 128 * 128 + 128 * 10))
 
 
+@pytest.mark.learning  # they train
 def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     """Two short variants: the table, the CSV and the figure; the second time nothing is trained again."""
     runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
@@ -123,6 +124,7 @@ def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
     assert runner.minutes([tmp_path / "c"]) == ""
 
 
+@pytest.mark.learning  # they train
 def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "pets_figures.py")
     short = "--total-timesteps 400 --candidates 10 --elites 2 --iterations 1 --horizon 3 --hidden 16 --epochs 1"
@@ -139,6 +141,7 @@ def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, ca
     assert (tmp_path / "docs/figures/pets_pendulum.png").stat().st_size > 5_000
 
 
+@pytest.mark.learning  # they train
 def test_the_policys_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "mbpo_figures.py")
     short = "--total-timesteps 500 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8 --rollouts 50 --patience 0"
@@ -157,6 +160,7 @@ def test_the_policys_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     assert (tmp_path / "docs/figures/mbpo_pendulum.png").stat().st_size > 5_000
 
 
+@pytest.mark.learning  # they train
 def test_the_critics_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "mage_figures.py")
     short = "--total-timesteps 200 --random-steps 100 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8"
@@ -184,6 +188,28 @@ def test_the_critics_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     assert f"| {lead.mean():.0f} ± {runner.interval(lead)[1]:.0f} |" in table
     assert made.count("model/gradient_cosine") == 2 * 2 * 2
     assert (tmp_path / "docs/figures/mage_pendulum.png").stat().st_size > 5_000
+
+
+@pytest.mark.learning  # they train
+def test_the_networks_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "vin_figures.py")
+    short = "maze8 --total-timesteps 200 --mazes 20 --test-mazes 10 --batch-mazes 4 --batch-cells 5 --eval-every 100"
+    variants = {"VIN": f"{short} --eval-episodes 1", "FCN": f"{short} --eval-episodes 1 --model fcn"}
+    monkeypatch.setitem(runner.EXPERIMENTS, "maze8", (variants, 2))
+    for folder in ("docs/figures", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
+    runner.main(runner.Args(name="maze8", runs=tmp_path / "runs", workers=1))
+    made, table = (tmp_path / "benchmarks/results/vin_maze8.csv").read_text().splitlines(), capsys.readouterr().out
+    for label in variants:
+        rows = [x.split(",") for x in made if x.startswith(f"{label},") and "eval/success_rate" in x]
+        last = [100 * float(value) for _, _, _, step, value in rows if step == "200"]
+        assert len(rows) == 4 and len(last) == 2
+        line = next(x for x in table.splitlines() if x.startswith(f"| {label} "))
+        assert ", ".join(f"{value:.2f}" for value in last) in line and f" {np.mean(last):.3g} ± " in line
+    assert any("transfer_success" in x for x in made) and not any(x.startswith("FCN") and "transfer" in x for x in made)
+    assert (tmp_path / "docs/figures/vin_maze8.png").stat().st_size > 5_000
 
 
 def test_the_public_codes_update_is_the_fast_one(monkeypatch):
