@@ -487,6 +487,8 @@ def play_round(
     seen = [env.reset()[0] for env in envs]
     x = torch.as_tensor(np.stack([obs["image"] for obs in seen]), dtype=torch.float32, device=device)
     position = np.stack([np.asarray(obs["position"], np.int64) for obs in seen])
+    if position.min() < 0 or position.max() >= x.shape[-1]:
+        stop(f"a position of {args.env_id} lies outside of its image")
     plan, going, terminal = net.plan(x), np.arange(len(envs)), np.zeros(len(envs), bool)
     steps, rewards, alive, taken = [], [], [], 0
     while len(going) and taken < at_most:
@@ -505,8 +507,8 @@ def play_round(
             if not np.array_equal(obs["image"], seen[i]["image"]):
                 stop(f"the image of {args.env_id} changes within an episode, and this script plans once in each")
             position[i], over[i] = obs["position"], terminal[i] or truncated
-        if position.min() < 0 or position.max() >= x.shape[-1]:
-            stop(f"a position of {args.env_id} lies outside of its image")
+            if position[i].min() < 0 or position[i].max() >= x.shape[-1]:
+                stop(f"a position of {args.env_id} lies outside of its image")
         taken, going = taken + len(going), going[~over[going]]
     # G_t = r_t + γ G_{t+1}; after the last step 0 in a terminal state and else what the baseline expects
     there = [torch.from_numpy(column).to(device) for column in (np.arange(len(envs)), *position.T)]
