@@ -203,6 +203,10 @@ class Mazes(NamedTuple):
     def take(self, rows: Any) -> "Mazes":
         return Mazes(*(column[rows] for column in self))
 
+    @staticmethod
+    def together(parts: list["Mazes"]) -> "Mazes":
+        return Mazes(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
 
 class Lessons(NamedTuple):
     """What the expert does, maze after maze."""
@@ -265,7 +269,7 @@ def random_mazes(count: int, n: int, obstacles: int, obstacle_size: int, rng: np
         walls, goals = torch.from_numpy(walls), torch.from_numpy(goals)
         mazes = Mazes(walls, goals, shortest(walls, goals))
         found.append(mazes.take(starts(mazes).flatten(1).any(1)))  # some have no way to the goal at all
-    return Mazes(*(torch.cat(columns)[:count] for columns in zip(*found, strict=True)))
+    return Mazes.together(found)
 
 
 def starts(mazes: Mazes) -> torch.Tensor:
@@ -288,10 +292,9 @@ def random_starts(mazes: Mazes, count: int, rng: np.random.Generator) -> torch.T
     """[3, S]: maze, row, column, `count` different cells of each maze, or all where it has fewer."""
     free = starts(mazes).flatten(1).numpy()
     order = np.argsort(np.where(free, rng.random(free.shape), 2.0), 1)[:, :count]
-    maze = np.repeat(np.arange(len(free)), order.shape[1])
-    cell = order.reshape(-1)[free[maze, order.reshape(-1)]]
-    maze = maze[free[maze, order.reshape(-1)]]
-    return torch.from_numpy(np.stack([maze, *np.divmod(cell, mazes.walls.shape[-1])]))
+    maze, cell = np.repeat(np.arange(len(free)), order.shape[1]), order.reshape(-1)
+    there = free[maze, cell]
+    return torch.from_numpy(np.stack([maze[there], *np.divmod(cell[there], mazes.walls.shape[-1])]))
 
 
 def walk(
@@ -537,8 +540,8 @@ def policy_gradient_losses(
 # ── What the network believes: measured, and drawn ────────────────────────────────────────────────────────────────
 
 
-def chooser(net: nn.Module, mazes: Mazes, device: torch.device) -> Callable:
-    """The likeliest moves in these mazes, each planned once: maze, row, column [N] → logits [N, 8]."""
+def reader(net: nn.Module, mazes: Mazes, device: torch.device) -> Callable:
+    """The policy in these mazes, each planned once: maze, row, column [N] → logits [N, 8]."""
     plan = torch.cat([net.plan(x.to(device)) for x in images(mazes).split(100)])
 
     def logits(*where: torch.Tensor) -> torch.Tensor:
@@ -548,11 +551,16 @@ def chooser(net: nn.Module, mazes: Mazes, device: torch.device) -> Callable:
     return logits
 
 
+def chooser(net: nn.Module, mazes: Mazes, device: torch.device) -> Callable:
+    """The likeliest moves: maze, row, column [N] → moves [N]."""
+    logits = reader(net, mazes, device)
+    return lambda *where: logits(*where).argmax(-1)
+
+
 @torch.inference_mode()
 def walk_metrics(net: nn.Module, mazes: Mazes, start: torch.Tensor, device: torch.device) -> dict[str, float]:
     """The paper's success rate, and trajectory difference: how much longer the walks are that arrive."""
-    logits = chooser(net, mazes, device)
-    arrived, length, _, _ = walk(lambda *where: logits(*where).argmax(-1), mazes, start)
+    arrived, length, _, _ = walk(chooser(net, mazes, device), mazes, start)
     maze, row, col = start
     metrics = {"success_rate": arrived.float().mean().item()}
     if arrived.any():
@@ -564,8 +572,7 @@ def walk_metrics(net: nn.Module, mazes: Mazes, start: torch.Tensor, device: torc
 def training_score(net: nn.Module, world: "World", device: torch.device) -> tuple[float, float]:
     """Mean return and length of walks in some of training's mazes, by the task's rewards."""
     few = world.training.take(slice(len(world.training_starts[0])))
-    logits = chooser(net, few, device)
-    arrived, _, cells, actions = walk(lambda *where: logits(*where).argmax(-1), few, world.training_starts)
+    arrived, _, cells, actions = walk(chooser(net, few, device), few, world.training_starts)
     length = (actions >= 0).sum(0)
     crashed = few.walls[world.training_starts[0], cells[-1, 0], cells[-1, 1]]
     return (STEP * length + ARRIVED * arrived + CRASHED * crashed).mean().item(), length.float().mean().item()
@@ -575,7 +582,7 @@ def training_score(net: nn.Module, world: "World", device: torch.device) -> tupl
 def prediction_metrics(net: nn.Module, mazes: Mazes, lessons: Lessons, device: torch.device) -> dict[str, float]:
     """Of the expert's moves in mazes never seen: cross-entropy, and how many are other ones, or not among the best."""
     maze = torch.searchsorted(lessons.first, torch.arange(len(lessons.row)), right=True) - 1
-    logits = chooser(net, mazes, device)(maze, lessons.row, lessons.col)
+    logits = reader(net, mazes, device)(maze, lessons.row, lessons.col)
     choice = logits.argmax(-1)
     best = best_moves(mazes)[choice, maze, lessons.row, lessons.col]
     return {
@@ -611,8 +618,8 @@ class Walks(NamedTuple):
 @torch.inference_mode()
 def telling_walks(net: nn.Module, mazes: Mazes, start: torch.Tensor, device: torch.device, most: int = 3) -> Walks:
     """The longest way that was found, and ways that were not."""
-    logits, expert = chooser(net, mazes, device), expert_moves(mazes)
-    arrived, length, cells, actions = walk(lambda *where: logits(*where).argmax(-1), mazes, start)
+    expert = expert_moves(mazes)
+    arrived, length, cells, actions = walk(chooser(net, mazes, device), mazes, start)
     found = torch.where(arrived, length, -1.0).argsort(descending=True, stable=True)[: int(arrived.sum())]
     lost = torch.nonzero(~arrived)[:, 0]
     lost = lost[: max(most - 1, most - len(found))]
@@ -932,7 +939,7 @@ def make_mazes(
         found.append(more.take(unseen(more, training)))
         if len(found) > 100:
             stop(f"nearly each maze of {n} × {n} cells is in training: take fewer --mazes or a larger --size")
-    test = Mazes(*(torch.cat(columns) for columns in zip(*found, strict=True)))
+    test = Mazes.together(found)
     return training, taught, test, lessons(test, paths, rng)
 
 

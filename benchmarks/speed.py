@@ -400,6 +400,23 @@ def one_maze(n: int, obstacles: int) -> None:
 
 
 def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
+    def plan(how: Callable, x: torch.Tensor, args: vin.Args) -> None:
+        with torch.no_grad():
+            how(x[: args.batch_mazes])
+
+    def learn(how: Callable, x: torch.Tensor, taught: vin.Lessons, net: vin.VIN, optimizer, args: vin.Args) -> None:
+        chosen = torch.from_numpy(np.random.permutation(len(x))[: args.batch_mazes])
+        batch = vin.draw_batch(chosen, x, taught, args.batch_cells, 10**9)
+        logits = net.out(net.attend(how(batch.images), batch.maze, batch.row, batch.col))
+        loss = vin.imitation_loss(logits, batch.action)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def draw(args: vin.Args) -> None:
+        drawn = vin.random_mazes(500, args.size, args.obstacles, args.obstacle_size, np.random.default_rng(0))
+        vin.lessons(drawn, args.paths, np.random.default_rng(0))
+
     plans, updates, mazes, few = {}, {}, {}, min(rounds, 5)
     for preset in ("maze8", "maze16", "maze28"):
         args = vin.PRESETS[preset][1]
@@ -407,24 +424,6 @@ def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
         training, taught, *_ = vin.make_mazes(**recipe)
         x, net = vin.images(training), vin.VIN(2, args.size, 8, args)
         optimizer = torch.optim.RMSprop(net.parameters(), 1e-4, alpha=0.9, eps=1e-3)
-
-        def plan(how: Callable, x: torch.Tensor, args: vin.Args) -> None:
-            with torch.no_grad():
-                how(x[: args.batch_mazes])
-
-        def learn(how: Callable, x: torch.Tensor, taught: vin.Lessons, net: vin.VIN, optimizer, args: vin.Args) -> None:
-            chosen = torch.from_numpy(np.random.permutation(len(x))[: args.batch_mazes])
-            batch = vin.draw_batch(chosen, x, taught, args.batch_cells, 10**9)
-            logits = net.out(net.attend(how(batch.images), batch.maze, batch.row, batch.col))
-            loss = vin.imitation_loss(logits, batch.action)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        def draw(args: vin.Args) -> None:
-            drawn = vin.random_mazes(500, args.size, args.obstacles, args.obstacle_size, np.random.default_rng(0))
-            vin.lessons(drawn, args.paths, np.random.default_rng(0))
-
         kinds = {preset: net.plan, f"({preset}, as one would first write it)": functools.partial(plain_plan, net)}
         for name, how in kinds.items():
             plans[name] = functools.partial(plan, how, x, args), args.iterations

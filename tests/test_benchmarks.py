@@ -98,12 +98,9 @@ def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     short = "--total-timesteps 400 --candidates 10 --horizon 3 --eval-episodes 1 --eval-every 200 --picture-every 0"
     variants = {"shooting": f"pendulum {short}", "true": f"pendulum {short} --dynamics true"}
     monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2))
-    for folder in ("docs/figures", "benchmarks/results"):
-        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    writes_into(tmp_path, runner, monkeypatch)
     args = runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
     runner.main(args)
     table = capsys.readouterr().out
     made = (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text()
@@ -130,10 +127,7 @@ def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, ca
     short = "--total-timesteps 400 --candidates 10 --elites 2 --iterations 1 --horizon 3 --hidden 16 --epochs 1"
     variants = {"PETS": f"pendulum {short} --eval-episodes 1 --picture-every 0"}
     monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2))
-    for folder in ("docs/figures", "benchmarks/results"):
-        (tmp_path / folder).mkdir(parents=True)
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
+    writes_into(tmp_path, runner, monkeypatch)
     runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
     made = (tmp_path / "benchmarks/results/pets_pendulum.csv").read_text()
     last = [float(line.split(",")[4]) for line in made.splitlines() if ",charts/episodic_return,400," in line]
@@ -147,10 +141,7 @@ def test_the_policys_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     short = "--total-timesteps 500 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8 --rollouts 50 --patience 0"
     variants = {"MBPO": f"pendulum {short}", "SAC": f"pendulum {short} --rollout-length 0"}
     monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2, (400, 500)))
-    for folder in ("docs/figures", "benchmarks/results"):
-        (tmp_path / folder).mkdir(parents=True)
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
+    writes_into(tmp_path, runner, monkeypatch)
     runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
     made, table = (tmp_path / "benchmarks/results/mbpo_pendulum.csv").read_text(), capsys.readouterr().out
     for label in variants:
@@ -167,10 +158,7 @@ def test_the_critics_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     short += " --model-batches 2 --eval-every 50 --eval-episodes 1 --picture-every 100 --eval-max-steps 20"
     variants = {"MAGE": f"pendulum {short}", "Dyna-TD3": f"pendulum {short} --gradient-weight 0"}
     monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2, (150, 200)))
-    for folder in ("docs/figures", "benchmarks/results"):
-        (tmp_path / folder).mkdir(parents=True)
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
+    writes_into(tmp_path, runner, monkeypatch)
     runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
     made, table = (tmp_path / "benchmarks/results/mage_pendulum.csv").read_text(), capsys.readouterr().out
     areas = {}
@@ -196,10 +184,7 @@ def test_the_networks_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     short = "maze8 --total-timesteps 200 --mazes 20 --test-mazes 10 --batch-mazes 4 --batch-cells 5 --eval-every 100"
     variants = {"VIN": f"{short} --eval-episodes 1", "FCN": f"{short} --eval-episodes 1 --model fcn"}
     monkeypatch.setitem(runner.EXPERIMENTS, "maze8", (variants, 2))
-    for folder in ("docs/figures", "benchmarks/results"):
-        (tmp_path / folder).mkdir(parents=True)
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
+    writes_into(tmp_path, runner, monkeypatch)
     runner.main(runner.Args(name="maze8", runs=tmp_path / "runs", workers=1))
     made, table = (tmp_path / "benchmarks/results/vin_maze8.csv").read_text().splitlines(), capsys.readouterr().out
     for label in variants:
@@ -256,6 +241,14 @@ def test_a_plain_update_is_the_fast_one():
         made.append([*sac.policy.parameters(), *sac.critics.parameters(), *sac.targets.parameters(), sac.log_alpha])
     for p, q in zip(*made, strict=True):
         assert torch.allclose(p, q, atol=1e-5)
+
+
+def writes_into(folder, runner, monkeypatch):
+    """The figures and tables of a runner, whose pool is this process."""
+    for name in ("docs/figures", "benchmarks/results"):
+        (folder / name).mkdir(parents=True)
+    monkeypatch.setattr(runner, "ROOT", folder)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
 
 
 class InThisProcess:

@@ -34,6 +34,10 @@ def network(kind="vin", n=8, seed=0, scale=0.3, **settings):
     return net
 
 
+def keys(mazes):
+    return {(w.numpy().tobytes(), tuple(g.tolist())) for w, g in zip(mazes.walls, mazes.goals, strict=True)}
+
+
 def cells_of(mazes, seed=0, each=3):
     return vin.random_starts(mazes, each, np.random.default_rng(seed))
 
@@ -166,11 +170,8 @@ def test_no_maze_that_is_tested_was_trained_on():
     recipe = {"data": None, "n": 5, "obstacles": 4, "obstacle_size": 0, "mazes": 300, "test_mazes": 100, "paths": 2}
     training, _, test, tested = vin.make_mazes(**recipe, seed=0)
 
-    def keys(mazes):
-        return [(w.tobytes(), tuple(g)) for w, g in zip(mazes.walls.numpy(), mazes.goals.tolist(), strict=True)]
-
     assert len(test.walls) == 100 and len(tested.first) == 101
-    assert set(keys(training)).isdisjoint(keys(test))
+    assert keys(training).isdisjoint(keys(test))
     drawn = vin.random_mazes(100, 5, 4, 0, np.random.default_rng(5))
     assert not vin.unseen(drawn, training).all()  # without the check they would
     assert vin.make_mazes(**recipe, seed=0)[0] is training  # drawn once
@@ -462,8 +463,7 @@ def test_walks_are_the_environments_episodes():
     """A bad network: walks that arrive, crash, and go round. The environment is played cell by cell."""
     mazes = vin.make_mazes(None, 8, 30, 0, 40, 10, 2, 0)[0]
     start, net = cells_of(mazes, each=4), network(seed=4, scale=0.2, iterations=4)
-    logits = vin.chooser(net, mazes, CPU)
-    arrived, length, cells, actions = vin.walk(lambda *where: logits(*where).argmax(-1), mazes, start)
+    arrived, length, cells, actions = vin.walk(vin.chooser(net, mazes, CPU), mazes, start)
     env = gym.make("RandomMaze-v0", mazes=40, test_mazes=10, paths=2)
     kinds, total = set(), []
     for k, (m, row, col) in enumerate(start.T.tolist()):
@@ -886,10 +886,6 @@ def test_a_run_stopped_between_epochs_goes_on_with_the_same_mazes(tmp_path, monk
     helpers.run("vin", f"--resume {tmp_path / 'run'}")
     assert helpers.differences(helpers.checkpoint(tmp_path / "run"), helpers.checkpoint(straight)) == []
     assert helpers.scalars(tmp_path / "run") == helpers.scalars(straight)
-
-
-def keys(mazes):
-    return {(w.numpy().tobytes(), tuple(g.tolist())) for w, g in zip(mazes.walls, mazes.goals, strict=True)}
 
 
 @pytest.mark.parametrize("how", ["imitation", "rl"])
