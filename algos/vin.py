@@ -47,7 +47,8 @@ Deviations from the paper and the official code:
     convolution with a 3×3 kernel. They are multiplied before they meet the image: the same function, the same weights
     to learn. The gradient of a sweep is written out (class Sweep). Both are for speed.
   - The step size falls steadily, tenfold in --decay-steps; in the code it falls in four stages, tenfold in all, and
-    RMSProp forgets its averages at each. Fewer moves are shown, in larger minibatches. Reactive networks get the same.
+    RMSProp forgets its averages at each. Fewer moves are shown. Reactive networks get the same.
+  - The first convolution begins with the cell itself, its other eight weights with 0.
   - An epoch shows so many cells of each maze, drawn with replacement; the code goes through all cells of all paths.
   - Test mazes are drawn with training's, and one that is in training too is drawn again.
   - Paths are measured in lengths (1 and √2 a move), where the code counts cells, for the limit of a walk too: it is cut
@@ -125,8 +126,10 @@ class Args:
     """Cells of each maze in a minibatch."""
     learning_rate: float = 0.01
     """RMSProp's step size at the start."""
+    hold_steps: int = 0
+    """It stays there for so many steps."""
     decay_steps: int = 2_000_000
-    """It falls to a tenth in this many steps, again and again."""
+    """Then it falls to a tenth in this many steps, again and again."""
     gamma: float = 0.99
     """γ: discount, with --train rl."""
     entropy: float = 0.01
@@ -175,14 +178,14 @@ PRESETS = {
         "mazes of 16 × 16 cells, K = 20",
         Args(
             size=16, obstacles=40, obstacle_size=1, iterations=20, transfer_size=28, transfer_iterations=36,
-            total_timesteps=8_000_000, decay_steps=4_000_000,
+            total_timesteps=12_000_000, hold_steps=6_000_000, decay_steps=6_000_000, batch_mazes=12,
         ),
     ),
     "maze28": (
         "mazes of 28 × 28 cells, K = 36",
         Args(
-            size=28, obstacles=50, obstacle_size=2, iterations=36, transfer_size=0, total_timesteps=8_000_000,
-            decay_steps=4_000_000,
+            size=28, obstacles=50, obstacle_size=2, iterations=36, transfer_size=0, total_timesteps=6_000_000,
+            hold_steps=3_000_000, decay_steps=3_000_000, batch_mazes=12,
         ),
     ),
 }
@@ -386,6 +389,9 @@ class VIN(nn.Module):
         self.iterations, self.width = args.iterations, args.q_channels
         self.h_kernel, self.h_bias = small(args.reward_channels, channels, 3, 3), small(args.reward_channels)
         self.r_kernel = small(args.reward_channels)
+        # R̄ begins with the cell itself. With nine at random the walls may come to stand beside where they are, and
+        # once the planner fits that, it is hard to leave
+        self.h_kernel.data *= F.pad(torch.ones(1, 1), (1, 1, 1, 1))
         self.reward_kernel, self.value_kernel = small(args.q_channels, 9), small(args.q_channels, 9)
         self.out = nn.Linear(args.q_channels, actions, bias=False)
         nn.init.normal_(self.out.weight, std=0.01)
@@ -690,7 +696,7 @@ def check_settings(args: Args) -> None:
     for least, names in (
         (1, ("obstacles", "mazes", "test_mazes", "paths", "iterations", "transfer_iterations", "decay_steps")),
         (1, ("reward_channels", "q_channels", "batch_mazes", "batch_cells")),
-        (0, ("obstacle_size", "entropy", "value_weight")),
+        (0, ("obstacle_size", "entropy", "value_weight", "hold_steps")),
         (5, ("size",)),
     ):
         for name in names:
@@ -806,7 +812,7 @@ def train(args: Args) -> Path:
     with StopSignal() as stop_signal:
         while step < args.total_timesteps:
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * 0.1 ** (step / args.decay_steps)
+                group["lr"] = args.learning_rate * 0.1 ** (max(step - args.hold_steps, 0) / args.decay_steps)
             # (2) take some mazes, and some cells of each; or play an episode in each
             left = args.total_timesteps - step
             if args.train == "imitation":

@@ -26,11 +26,12 @@ from mpc_rs_figures import curve, interval, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = "--transfer-size 0 --picture-every 0 --eval-episodes 20"
-HALF = "--total-timesteps 4000000 --decay-steps 2000000"
+SHORT = "--total-timesteps 4000000 --hold-steps 2000000 --decay-steps 2000000"
+SHORTER = "--total-timesteps 1000000 --hold-steps 500000 --decay-steps 500000 --eval-every 200000"
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "maze8": ({"VIN": "maze8", "FCN": f"maze8 --model fcn {FEW}"}, 3),
-    "maze16": ({"VIN": "maze16", "FCN": f"maze16 --model fcn {HALF} {FEW}"}, 3),
-    "cnn": ({"CNN": f"maze16 --model cnn --total-timesteps 1000000 --decay-steps 500000 --eval-every 200000 {FEW}"}, 1),
+    "maze16": ({"VIN": "maze16", "FCN": f"maze16 --model fcn {SHORT} {FEW}"}, 3),
+    "cnn": ({"CNN": f"maze16 --model cnn {SHORTER} {FEW}"}, 1),
     "maze28": ({"VIN": "maze28"}, 1),
     "rl": ({"VIN, from rewards": "maze8 --train rl --total-timesteps 1000000 --eval-every 100000"}, 3),
     "public": ({"VIN": "maze8 --transfer-size 0"}, 3),

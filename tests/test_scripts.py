@@ -66,7 +66,11 @@ def started_only(name, flags, folder):
     return helpers.checkpoint(helpers.run(name, f"{flags} --total-timesteps 1", folder))
 
 
-PRESETS = [(name, preset) for name in NAMES for preset in helpers.module(name).PRESETS]
+PRESETS = [  # those beyond the first in the slower tier
+    pytest.param(name, preset, marks=[pytest.mark.learning] if number else [])
+    for name in NAMES
+    for number, preset in enumerate(helpers.module(name).PRESETS)
+]
 OPTIONS = [(name, flags) for name in NAMES for flags in CASES[name].options]
 
 
