@@ -45,14 +45,16 @@ Run (measured on 2 CPU cores; docs/icm.md has the curves):
     python algos/icm.py mountaincar
 
 Deviations from the paper and the official code:
-  - PPO in place of A3C, and no LSTM: one process, the same policy gradient. The rewards and the bonuses have a value
-    function each, and the bonuses' goes on beyond the end of an episode (Burda et al.), so that to die is no relief.
+  - PPO in place of A3C, and no LSTM: one process. The rewards and the bonuses have a value function each, and the
+    bonuses' goes on beyond the end of an episode (Burda et al.), so that its end costs no curiosity.
   - φ learns from the inverse model alone, as section 2.2 of the paper says; Equation 7 and the official code let the
     forward model's loss shape it too: --joint. It can make that loss small by making all features alike.
   - φ(s) has the same length for all s (a layer norm without weights), and the forward model learns in each of PPO's
-    passes. Without the two curiosity has little to say: docs/icm.md.
-  - Bonuses are divided by the running deviation of their discounted sum (Burda et al.); η then changes nothing, and
-    --no-normalize gives the paper's.
+    passes.
+  - Bonuses are divided by the running deviation of their discounted sum (Burda et al.), here of the latest updates, so
+    that curiosity stays awake; η then changes nothing. --no-normalize gives the paper's.
+  - Observations get mean 0 and deviation 1, by what was seen so far (Burda et al.: by random steps).
+  - An observation that is no image, or a small one, is read by two layers in place of the convolutions.
 """
 
 import functools
@@ -98,12 +100,13 @@ class Args:
     observation itself. With noise the bonus is a random number: as large, and telling nothing."""
     joint: bool = False
     """The forward model's loss shapes φ too, as in the official code."""
-    total_timesteps: int = 1_000_000
-    """Steps of all environments together."""
+    total_timesteps: int = 1_500_000
+    """Steps of all environments together, rounded up to whole updates."""
     envs: int = 64
     """Environments at a time."""
     episode_limit: int = 0
-    """Cut an episode after so many steps; 0: where the environment does (CuriousMaze-v0 after 200)."""
+    """Cut an episode after so many steps, if it is not over before; 0: where the environment does (CuriousMaze-v0 after
+    200)."""
     horizon: int = 64
     """Steps of each of them between two updates."""
     processes: bool = False
@@ -148,6 +151,8 @@ class Args:
     """λ: weight of the policy's loss beside the two models'. They share no weights, so that Adam makes little of it."""
     normalize: bool = True
     """Divide the bonuses by the running standard deviation of their discounted sum."""
+    bonus_memory: int = 20
+    """That deviation is one of about so many updates; 0: of all (Burda et al.)."""
     episodic: bool = False
     """The sum of bonuses to come ends with the episode; else it goes on in the next."""
     hidden: int = 128
@@ -161,7 +166,7 @@ class Args:
     device: str = "auto"
     """auto, cpu or cuda[:index]."""
     compile: bool = False
-    """torch.compile for the losses: speed may change, results only by rounding."""
+    """torch.compile for the losses that are learned from: speed may change, results only by rounding."""
     log_every: int = 20_000
     """Write losses and timings every this many steps."""
     eval_every: int = 100_000
@@ -170,7 +175,7 @@ class Args:
     """Episodes of an evaluation."""
     eval_max_steps: int = 10_000
     """Cut an evaluation episode here."""
-    picture_every: int = 50_000
+    picture_every: int = 75_000
     """Draw visits and bonuses every this many steps, 20 times at most; 0: never."""
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
@@ -231,7 +236,8 @@ def encoder(shape: tuple[int, ...], hidden: int, size: int) -> tuple[nn.Sequenti
         layers = [layer for convolution in layers for layer in (convolution, nn.ELU())] + [nn.Flatten()]
         network = nn.Sequential(*layers)
         return network, network(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), hidden), nn.ELU(), nn.Linear(hidden, size)), size
+    layers = [nn.Flatten(), nn.Linear(math.prod(shape), hidden), nn.ELU(), nn.Linear(hidden, size), nn.ELU()]
+    return nn.Sequential(*layers), size
 
 
 def head(width: int, outputs: int, gain: float) -> nn.Linear:
@@ -247,7 +253,7 @@ class Agent(nn.Module):
     def __init__(self, shape: tuple[int, ...], actions: gym.Space, streams: int, hidden: int):
         super().__init__()
         self.eyes, width = encoder(shape, hidden, hidden)
-        self.body = nn.Sequential(nn.ELU(), nn.Linear(width, hidden), nn.ELU())
+        self.body = nn.Sequential(nn.Linear(width, hidden), nn.ELU())
         self.discrete = isinstance(actions, gym.spaces.Discrete)
         outputs = int(actions.n) if self.discrete else math.prod(actions.shape)
         self.policy, self.values = head(hidden, outputs, 0.01), head(hidden, streams, 1.0)
@@ -262,7 +268,7 @@ class Agent(nn.Module):
     def distribution(self, outputs: torch.Tensor) -> torch.distributions.Distribution:
         if self.discrete:
             return torch.distributions.Categorical(logits=outputs, validate_args=False)
-        normal = torch.distributions.Normal(outputs, self.log_std.exp(), validate_args=False)
+        normal = torch.distributions.Normal(outputs, self.log_std.clamp(-5, 1).exp(), validate_args=False)
         return torch.distributions.Independent(normal, 1, validate_args=False)
 
     def best(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -309,9 +315,18 @@ class ICM(nn.Module):
         return 0.5 * (self.forecast(torch.cat([phi, self.numbers(a)], 1)) - phi2).square().sum(1)
 
     @torch.no_grad()
-    def bonus(self, s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
-        """Step (2), Eq. 6: r^i = η/2 ‖φ̂(s') − φ(s')‖²"""
-        return self.eta * self.error(self.phi(s), a, self.phi(s2))
+    def wonder(self, s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """Step (2): the bonus of each transition [B], and how good both models are where they have not learned yet."""
+        phi, phi2 = self.phi(s), self.phi(s2)
+        error = self.error(phi, a, phi2)
+        # 1 says as much as to foresee that nothing changes
+        still = 0.5 * (phi2 - phi).square().sum(1).mean()
+        metrics = {"model/forward_error": error.mean() / still.clamp_min(1e-8)}
+        if self.features == "inverse":
+            guess, numbers = self.inverse(torch.cat([phi, phi2], 1)), self.numbers(a)
+            wrong = (guess.argmax(1) != a).float() if self.discrete else (guess - numbers).square()
+            metrics["model/inverse_error"] = wrong.mean()
+        return self.eta * error, metrics  # Eq. 6: r^i = η/2 ‖φ̂(s') − φ(s')‖²
 
     def losses(self, s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Step (5): L_I, L_F."""
@@ -325,37 +340,28 @@ class ICM(nn.Module):
         inverse_loss = F.cross_entropy(guess, a) if self.discrete else F.mse_loss(guess, self.numbers(a))
         return inverse_loss, forward_loss
 
-    @torch.no_grad()
-    def metrics(self, s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of transitions that it has not learned from yet."""
-        phi, phi2 = self.phi(s), self.phi(s2)
-        # 1 says as much as to foresee that nothing changes
-        still = 0.5 * (phi2 - phi).square().sum(1).mean()
-        found = {"model/forward_error": self.error(phi, a, phi2).mean() / still.clamp_min(1e-8)}
-        if self.features == "inverse":
-            guess, numbers = self.inverse(torch.cat([phi, phi2], 1)), self.numbers(a)
-            wrong = (guess.argmax(1) != a).float() if self.discrete else (guess - numbers).square()
-            found["model/inverse_error"] = wrong.mean()
-        return found
-
 
 class Moments:
-    """Mean and variance of all that was seen, each number by itself."""
+    """Mean and variance of all that was seen, of each number by itself."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device):
         self.mean, self.variance = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
         self.count = 0
 
-    def update(self, x: torch.Tensor) -> None:
-        """x [B, *shape]"""
-        x = x.double()
+    def update(self, x: torch.Tensor, memory: float = math.inf) -> None:
+        """x [B, *shape]; what was seen before counts as `memory` rows at most."""
+        x, self.count = x.double(), min(self.count, memory)
         total, away = self.count + len(x), x.mean(0) - self.mean
         spread = self.count * self.variance + len(x) * x.var(0, correction=0) + away**2 * self.count * len(x) / total
         self.mean, self.variance, self.count = self.mean + away * len(x) / total, spread / total, total
 
     def scale(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean 0 and deviation 1, and nothing beyond 5; a number that was always the same is 0 while it is."""
-        return ((x - self.mean) / self.variance.sqrt().clamp_min(1e-3)).clamp(-5, 5).float()
+        """Mean 0 and deviation 1, and nothing beyond 5. Of an image one deviation for all, for a pixel that has hardly
+        ever changed says no more than others when it does."""
+        deviation = self.variance.sqrt()
+        if self.mean.ndim == 3:
+            deviation = deviation.mean()
+        return ((x.float() - self.mean.float()) / deviation.clamp_min(1e-3).float()).clamp(-5, 5)
 
     def state_dict(self) -> dict:
         return vars(self).copy()
@@ -393,7 +399,7 @@ def gae(
 
 
 def discounted(bonus: torch.Tensor, before: torch.Tensor, gamma: float) -> torch.Tensor:
-    """[T, N] → what has come in until each step, R_t = γ R_{t−1} + r_t, and `before` [N] until the step before."""
+    """[T, N] → what came in until each step, R_t = γ R_{t−1} + r_t; `before` [N] until the step before the first."""
     sums = torch.empty_like(bonus)
     for t in range(len(bonus)):
         before = gamma * before + bonus[t]
@@ -423,10 +429,12 @@ def advantages(
 
 
 def ppo_losses(
-    new: torch.distributions.Distribution, values: torch.Tensor, action: torch.Tensor, log_prob: torch.Tensor,
-    advantage: torch.Tensor, targets: torch.Tensor, clip: float,
+    agent: Agent, x: torch.Tensor, action: torch.Tensor, log_prob: torch.Tensor, advantage: torch.Tensor,
+    targets: torch.Tensor, clip: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Step (4): the policy's loss, the values', and the policy's entropy."""
+    outputs, values = agent(x)
+    new = agent.distribution(outputs)
     # L = −E[min(ρ Â, clip(ρ, 1 − ε, 1 + ε) Â)], ρ = π(a|s) / π_old(a|s)
     ratio = (new.log_prob(action) - log_prob).exp()
     policy = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
@@ -450,7 +458,7 @@ def play_steps(
         over, reached = terminated | truncated, new_obs.copy()
         for i in np.flatnonzero(over):  # SAME_STEP: new_obs begins the next episode already
             reached[i] = infos["final_obs"][i]
-        after_step(reward, over, reached, infos)
+        after_step(reward, terminated, over, reached, infos)
         found = (np.asarray(reward, np.float32), reached, terminated, over)
         reward, reached, terminated, over = (torch.from_numpy(column).to(device) for column in found)
         rows.append((x, action, distribution.log_prob(action), values, reward, reached, terminated, over))
@@ -483,17 +491,18 @@ def places(envs: gym.vector.VectorEnv, reached: np.ndarray, infos: dict) -> np.n
 def watch(
     env: gym.Env, agent: Agent, icm: Optional[ICM], scale: Callable, seed: int, device: torch.device, most: int = 500
 ) -> tuple[list[float], list[np.ndarray]]:
-    """An episode, with the policy's own dice: the bonus of each step, and what was seen after it."""
+    """An episode, with the policy's own dice: the bonus of each step, if there are any, and what was seen after it."""
     before = random_states()
     seed_everything(seed)
     obs, _ = env.reset(seed=seed)
     bonuses, frames, over = [], [], False
-    while not over and len(bonuses) < most:
+    while not over and len(frames) < most:
         x = torch.from_numpy(np.asarray(obs)[None]).to(device)
         action = agent.distribution(agent(scale(x))[0]).sample()
         obs, _, terminated, truncated, _ = env.step(action[0].cpu().numpy())
         x2, over = torch.from_numpy(np.asarray(obs)[None]).to(device), terminated or truncated
-        bonuses.append(float(icm.bonus(scale(x), action, scale(x2))) if icm else 0.0)
+        if icm:
+            bonuses.append(float(icm.wonder(scale(x), action, scale(x2))[0]))
         frames.append(np.asarray(obs))
     set_random_states(before)
     return bonuses, frames
@@ -506,32 +515,36 @@ def draw_curiosity(
     """The picture: visits in all and since the last picture, the bonuses of an episode, and what was the most curious
     thing in it."""
     maps = [] if visits is None else [("visits", visits), ("visits of late", lately)]
-    images = len(frames[0].shape) == 3
-    figure = Figure(figsize=(2.6 * len(maps) + 3.2 + 2.2 * images, 2.9), dpi=80)
+    widths = [2.6] * len(maps) + [3.2] * bool(bonuses) + [2.2] * (len(frames[0].shape) == 3)
+    figure = Figure(figsize=(sum(widths) or 4, 2.9), dpi=80)
     figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, len(maps) + 1 + images, width_ratios=[1.0] * len(maps) + [1.3] + [0.8] * images)
-    axes = np.atleast_1d(axes)
-    for axis, (name, counts) in zip(axes, maps, strict=False):
+    axes = list(np.atleast_1d(figure.subplots(1, len(widths), width_ratios=widths))) if widths else []
+    for name, counts in maps:
+        axis = axes.pop(0)
         if walls is not None:
             axis.imshow(walls, cmap="Greys", vmin=0, vmax=1.6)
         axis.imshow(np.where(counts > 0, np.log10(np.maximum(counts, 1)), np.nan), cmap="inferno", vmin=0, vmax=5)
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{name}: {(counts > 0).sum()} places", fontsize=8)
-    axes[len(maps)].plot(1 + np.arange(len(bonuses)), bonuses, linewidth=1)
-    axes[len(maps)].set_title("bonus, along an episode", fontsize=8)
-    axes[len(maps)].set_ylim(bottom=0)
-    if images:
-        best = int(np.argmax(bonuses))
-        axes[-1].imshow(to_picture(frames[best]))
-        axes[-1].set(xticks=[], yticks=[])
-        axes[-1].set_title(f"the largest, at {best + 1}", fontsize=8)
+    if bonuses:
+        axis = axes.pop(0)
+        axis.plot(1 + np.arange(len(bonuses)), bonuses, linewidth=1)
+        axis.set_title("bonus, along an episode", fontsize=8)
+        axis.set_ylim(bottom=0)
+    if axes:
+        best = int(np.argmax(bonuses)) if bonuses else len(frames) - 1
+        axes[0].imshow(to_picture(frames[best]))
+        axes[0].set(xticks=[], yticks=[])
+        axes[0].set_title(f"{'the largest' if bonuses else 'the last'}, at {best + 1}", fontsize=8)
     figure.tight_layout(pad=0.5)
     return figure_to_array(figure)
 
 
 def to_picture(image: np.ndarray) -> np.ndarray:
-    """[C, H, W] → three channels last, or the latest of stacked frames in grey."""
-    return image.transpose(1, 2, 0) if len(image) == 3 else image[-1][..., None].repeat(3, -1)
+    """[C, H, W] → three channels last, or the latest of stacked frames in grey; from its darkest to its brightest."""
+    image = image.transpose(1, 2, 0) if len(image) == 3 else image[-1][..., None].repeat(3, -1)
+    image = image.astype(np.float32) - image.min()
+    return image / max(image.max(), 1e-8)
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -542,7 +555,8 @@ def check_settings(args: Args) -> None:
     check_run_settings(args)
     for least, names in (
         (1, ("envs", "horizon", "passes", "minibatches", "hidden", "feature_size", "model_hidden")),
-        (0, ("episode_limit", "maze_layout", "entropy", "value_weight", "reward_weight", "bonus_weight")),
+        (0, ("episode_limit", "bonus_memory", "maze_layout")),
+        (0, ("entropy", "value_weight", "reward_weight", "bonus_weight")),
     ):
         for name in names:
             if getattr(args, name) < least:
@@ -553,8 +567,8 @@ def check_settings(args: Args) -> None:
     for name in ("gamma", "bonus_gamma", "gae_lambda", "beta"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must lie in [0, 1]")
-    if args.bonus_gamma == 1 and not args.episodic and args.reward != "extrinsic":
-        stop("--bonus-gamma is 1: a sum without an end needs one below 1, or --episodic")
+    if args.bonus_gamma == 1 and args.reward != "extrinsic" and (args.normalize or not args.episodic):
+        stop("--bonus-gamma is 1: sums without an end need one below; else give --episodic and --no-normalize")
     if args.maze_size < 5 or args.maze_size % 2 == 0:
         stop(f"--maze-size is {args.maze_size}: it must be odd, and at least 5")
     if args.joint and (args.features != "inverse" or args.reward == "extrinsic"):
@@ -585,10 +599,10 @@ def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Call
 
 
 def train(args: Args) -> Path:
+    seed_everything(args.seed)
+    eval_env, envs = make_task(args, render=args.capture_video), make_envs(args)  # before torch has threads
     device = pick_device(args.device)
     print(f"device: {device}")
-    seed_everything(args.seed)
-    eval_env, envs = make_task(args, render=args.capture_video), make_envs(args)
     run_dir, checkpoint = open_run(args)
 
     shape, actions = eval_env.observation_space.shape, eval_env.action_space
@@ -596,6 +610,7 @@ def train(args: Args) -> Path:
     curious = args.reward != "extrinsic"
     icm = ICM(shape, actions, args).to(device) if curious and args.features != "noise" else None
     learned = {"agent": agent, **(icm.learned() if icm else {})}
+    fixed = icm.encoder if icm and args.features == "random" else nn.Identity()
     parameters = [p for part in learned.values() for p in part.parameters()]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     seen, sums = Moments(shape, device), Moments((), device)  # of observations, and of discounted sums of bonuses
@@ -612,15 +627,15 @@ def train(args: Args) -> Path:
         step, bonus_sum = checkpoint["step"], checkpoint["bonus_sum"].to(device)
         for name, part in learned.items():
             part.load_state_dict(checkpoint["learned"][name])
-        if icm:
-            icm.load_state_dict(checkpoint["icm"])
+        fixed.load_state_dict(checkpoint["fixed"])
         optimizer.load_state_dict(checkpoint["optimisers"]["all"])
         seen.load_state_dict(checkpoint["seen"])
         sums.load_state_dict(checkpoint["sums"])
         if grid:
             visits, lately = (checkpoint[name].numpy() for name in ("visits", "lately"))
     # Environments of others begin new episodes in a run that goes on; the maze is where it was
-    obs, _ = envs.reset(seed=args.seed + step)
+    obs, _ = envs.reset(seed=random.Random(f"{args.seed}, {step}").getrandbits(30))
+    envs.action_space.seed(args.seed)
     if checkpoint:
         if own:
             envs.unwrapped.load_state_dict(checkpoint["envs"])
@@ -628,16 +643,15 @@ def train(args: Args) -> Path:
             returns, lengths = (checkpoint[name].numpy() for name in ("returns", "lengths"))
         set_random_states(checkpoint["random"])
     log = RunLog(args, run_dir, checkpoint)
+    policy_losses, icm_losses = ppo_losses, icm.losses if icm else None
     if args.compile:
-        agent.forward = torch.compile(agent.forward)
-        if icm:
-            icm.losses = torch.compile(icm.losses)
+        policy_losses, icm_losses = torch.compile(ppo_losses), torch.compile(icm.losses) if icm else None
 
     # These look at the variables of the loop as they are when they are called, and leave the dice alone.
     def save() -> None:
         save_checkpoint(
             run_dir, step=step, learned={name: part.state_dict() for name, part in learned.items()},
-            icm=icm.state_dict() if icm else None, optimisers={"all": optimizer.state_dict()}, seen=seen.state_dict(),
+            fixed=fixed.state_dict(), optimisers={"all": optimizer.state_dict()}, seen=seen.state_dict(),
             sums=sums.state_dict(), bonus_sum=bonus_sum, visits=visits, lately=lately, env=at_first,
             envs=envs.unwrapped.state_dict() if own else None, obs=obs if own else None, returns=returns,
             lengths=lengths, log=log.state_dict(),
@@ -648,7 +662,9 @@ def train(args: Args) -> Path:
         set_env_state(eval_env, at_first, generators=False)
         log.evaluation(step, lambda: greedy_actor(agent, seen.scale, device), eval_env)
         if solved := SOLVED.get(args.env_id):
-            log.scalars(step, {"eval/success_rate": np.mean([solved(score) for score in log.scores[0]])})
+            cut = min(args.eval_max_steps, args.episode_limit or math.inf)
+            found = [solved(score) and length < cut for score, length in zip(*log.scores, strict=True)]
+            log.scalars(step, {"eval/success_rate": np.mean(found)})
 
     def draw() -> None:
         bonuses, frames = watch(eval_env, agent, icm, seen.scale, args.seed, device)
@@ -657,7 +673,9 @@ def train(args: Args) -> Path:
         if grid:
             lately[:] = 0
 
-    def after_step(reward: np.ndarray, over: np.ndarray, reached: np.ndarray, infos: dict) -> None:
+    def after_step(
+        reward: np.ndarray, terminated: np.ndarray, over: np.ndarray, reached: np.ndarray, infos: dict
+    ) -> None:
         nonlocal step
         log.lap("env")
         step += args.envs
@@ -669,41 +687,48 @@ def train(args: Args) -> Path:
         for i in np.flatnonzero(over):
             log.episode(step, returns[i], int(lengths[i]))
             if solved := SOLVED.get(args.env_id):
-                log.mean("charts/success_rate", float(solved(returns[i])))
+                log.mean("charts/success_rate", float(terminated[i] and solved(returns[i])))
         returns[over], lengths[over] = 0.0, 0
         log.lap("log")
 
     with StopSignal() as stop_signal:
+        if not checkpoint:  # Burda et al.: some steps at random tell how large the numbers of an observation are
+            for _ in range(args.horizon):
+                obs, reward, terminated, truncated, infos = envs.step(envs.action_space.sample())
+                seen.update(torch.from_numpy(obs).to(device))
+                after_step(reward, terminated, terminated | truncated, obs, infos)
+            log.bar.update(step)
+            log.start_clock(step)
         while step < args.total_timesteps:
             # (1) play some steps in many environments at once
-            first, horizon = step, min(args.horizon, -(-(args.total_timesteps - step) // args.envs))
+            first = step
             played, obs = play_steps(
-                envs, obs, agent, seen.scale, horizon, device, lambda: log.lap("policy"), after_step
+                envs, obs, agent, seen.scale, args.horizon, device, lambda: log.lap("policy"), after_step
             )
             if args.clip_reward:
                 played = played._replace(reward=played.reward.sign())
             x, x2 = (seen.scale(column.flatten(0, 1)) for column in (played.obs, played.next_obs))
             action, log_prob = played.action.flatten(0, 1), played.log_prob.flatten()
             with torch.no_grad():
-                next_values = agent(x2)[1].unflatten(0, (horizon, args.envs))
+                next_values = torch.cat([agent(part)[1] for part in x2.split(4_096)]).view_as(played.values)
                 last_values = agent(seen.scale(torch.from_numpy(obs).to(device)))[1]
             log.lap("policy")
 
             # (2) curiosity: the error of the forecast, divided by what such errors add up to
-            bonus = torch.zeros_like(played.reward)
+            bonus = torch.rand_like(played.reward)  # with --features noise
             if icm:
-                bonus = icm.bonus(x, action, x2).view_as(bonus)
-                for tag, value in icm.metrics(x, action, x2).items():
+                bonus, metrics = icm.wonder(x, action, x2)
+                bonus = bonus.view_as(played.reward)
+                for tag, value in metrics.items():
                     log.mean(tag, value)
-            elif curious:
-                bonus = torch.rand_like(bonus)
             if curious:
                 log.mean("model/bonus", bonus.mean())
                 collected = discounted(bonus, bonus_sum, args.bonus_gamma)
                 bonus_sum = collected[-1]
-                sums.update(collected.flatten())
+                sums.update(collected.flatten(), args.bonus_memory * collected.numel() or math.inf)
                 if args.normalize:
                     bonus = bonus / sums.variance.sqrt().clamp_min(1e-8).float()
+                log.mean("model/normalized_bonus", bonus.mean())
             log.lap("model")
 
             # (3) advantages, of the rewards and of the bonuses apart, and their sum
@@ -711,15 +736,12 @@ def train(args: Args) -> Path:
             advantage, targets = advantage.flatten(), targets.flatten(0, 1)
             log.lap("update")
 
-            # The first steps are only looked at: they tell how large the numbers of an observation are.
-            for _ in range(args.passes if seen.count else 0):
+            for _ in range(args.passes):
                 for rows in torch.randperm(len(x), device=device).chunk(args.minibatches):
                     # (4) the policy and its values learn
-                    outputs, values = agent(x[rows])
-                    policy_loss, value_loss, entropy = ppo_losses(
-                        agent.distribution(outputs), values, action[rows], log_prob[rows], advantage[rows],
-                        targets[rows], args.clip,
-                    )  # fmt: skip
+                    policy_loss, value_loss, entropy = policy_losses(
+                        agent, x[rows], action[rows], log_prob[rows], advantage[rows], targets[rows], args.clip
+                    )
                     loss = policy_loss + args.value_weight * value_loss - args.entropy * entropy
                     optimizer.zero_grad()
                     # Eq. 7: λ L_π + (1 − β) L_I + β L_F, a part at a time
@@ -731,7 +753,7 @@ def train(args: Args) -> Path:
                     log.lap("update")
                     # (5) and with them the forward model and the inverse model
                     if icm:
-                        inverse_loss, forward_loss = icm.losses(x[rows], action[rows], x2[rows])
+                        inverse_loss, forward_loss = icm_losses(x[rows], action[rows], x2[rows])
                         ((1 - args.beta) * inverse_loss + args.beta * forward_loss).backward()
                         log.mean("losses/forward", forward_loss)
                         if args.features == "inverse":
@@ -739,14 +761,14 @@ def train(args: Args) -> Path:
                         log.lap("model")
                     optimizer.step()
                     log.lap("update")
+            if not torch.stack([p.sum() for p in parameters]).isfinite().all():
+                stop(f"the networks' numbers have run away at step {step:,}: take a smaller --learning-rate")
             for part in played.next_obs.flatten(0, 1).split(1_024):
                 seen.update(part)
             log.lap("policy")
 
             log.bar.update(step - first)
             if log.due("log", args.log_every, step):
-                if not all(p.isfinite().all() for p in agent.parameters()):
-                    stop(f"the network's numbers have run away at step {step:,}: take a smaller --learning-rate")
                 if grid:
                     log.scalars(step, {"charts/places": (visits > 0).sum()})
                 log.flush(step)
@@ -759,12 +781,12 @@ def train(args: Args) -> Path:
             if stop_signal.to_stop(True):  # no update is cut
                 break
         save()
+    envs.close()
     if stop_signal.number and step < args.total_timesteps:
         log.stopped(step, stop_signal.number)
     measure()
     if args.picture_every:
         draw()
-    envs.close()
     log.finish(step)
     return run_dir
 
@@ -890,7 +912,9 @@ class CuriousMaze(gym.Env):
     def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
         self.mazes.np_random = self.np_random
-        return self.mazes.reset()[0][0], {}
+        obs, _ = self.mazes.reset()
+        self.tile = self.mazes.tile[0]
+        return obs[0], {}
 
     def step(self, action: int):
         _, reward, terminated, truncated, infos = self.mazes.step(np.array([action]))
@@ -900,7 +924,7 @@ class CuriousMaze(gym.Env):
     def render(self) -> np.ndarray:
         picture = self.mazes.image.transpose(1, 2, 0).copy()
         picture[tuple(self.mazes.goal)] = (255, 215, 0)
-        picture[tuple(self.mazes.tile[0])] = (255, 0, 0)
+        picture[tuple(self.tile)] = (255, 0, 0)
         return picture.repeat(20, axis=0).repeat(20, axis=1)
 
 
@@ -914,6 +938,18 @@ def maze_settings(args: Args) -> dict:
     return {"n": args.maze_size, "limit": limit, "layout": args.maze_layout, "noisy_tv": args.noisy_tv}
 
 
+class FourFrames(gym.Wrapper):
+    """An action lasts for four frames of a game. Of the last two that were seen each pixel's brighter one is shown, for
+    some games draw things in every second frame alone."""
+
+    def step(self, action: int):
+        frames, total, over = [], 0.0, False
+        while not over and len(frames) < 4:
+            frame, reward, terminated, truncated, info = self.env.step(action)
+            frames, total, over = [*frames, frame], total + float(reward), terminated or truncated
+        return np.max(frames[-2:], axis=0), total, terminated, truncated, info
+
+
 def shrink(frame: np.ndarray) -> np.ndarray:
     """A game's grey picture → [42, 42]"""
     return np.asarray(Image.fromarray(frame).resize((42, 42), Image.Resampling.BOX))
@@ -925,9 +961,10 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
     if args.noisy_tv and not own:
         stop(f"--noisy-tv is in CuriousMaze-v0 alone, not in {args.env_id}")
     kwargs = maze_settings(args) if own else {"obs_type": "grayscale", "frameskip": 1} if game else {}
-    env = make_env(args.env_id, render, **kwargs)
-    if game:  # each fourth frame, as the maximum of two; four of them are one observation
-        env = gym.wrappers.MaxAndSkipObservation(env, skip=4)
+    package = "minigrid:" if args.env_id.startswith("MiniGrid-") else ""  # which brings them in, if it is installed
+    env = make_env(package + args.env_id, render, **kwargs)
+    if game:
+        env = FourFrames(env)
         env = gym.wrappers.TransformObservation(env, shrink, gym.spaces.Box(0, 255, (42, 42), np.uint8))
         env = gym.wrappers.FrameStackObservation(env, 4)
     if args.episode_limit and not own:
@@ -957,9 +994,16 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     """Many at once. An episode's last observation is in `final_obs`, and the next one has begun in the same step."""
     if args.env_id == "CuriousMaze-v0":
         return CuriousMazes(args.envs, **maze_settings(args))
-    kind = gym.vector.AsyncVectorEnv if args.processes else gym.vector.SyncVectorEnv
-    one = functools.partial(make_task, args)
-    return kind([one] * args.envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    mode, one = gym.vector.AutoresetMode.SAME_STEP, functools.partial(make_task, args)
+    if not args.processes:
+        return gym.vector.SyncVectorEnv([one] * args.envs, autoreset_mode=mode)
+
+    def deaf() -> gym.Env:
+        """Ctrl-C reaches all processes of a terminal; it is for the one that learns, and ends these."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return one()
+
+    return gym.vector.AsyncVectorEnv([deaf] * args.envs, autoreset_mode=mode)
 
 
 # ── Plumbing: nothing below is particular to the algorithm ────────────────────────────────────────────────────────

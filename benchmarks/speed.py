@@ -26,6 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import dyna_q
+import icm
 import mage
 import mbpo
 import mpc_rs
@@ -400,9 +401,9 @@ def one_maze(n: int, obstacles: int) -> None:
 
 
 def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
-    def plan(how: Callable, x: torch.Tensor, args: vin.Args) -> None:
+    def plan(how: Callable, x: torch.Tensor) -> None:
         with torch.no_grad():
-            how(x[: args.batch_mazes])
+            how(x[:32])
 
     def learn(how: Callable, x: torch.Tensor, taught: vin.Lessons, net: vin.VIN, optimizer, args: vin.Args) -> None:
         chosen = torch.from_numpy(np.random.permutation(len(x))[: args.batch_mazes])
@@ -426,7 +427,7 @@ def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
         optimizer = torch.optim.RMSprop(net.parameters(), 1e-4, alpha=0.9, eps=1e-3)
         kinds = {preset: net.plan, f"({preset}, as one would first write it)": functools.partial(plain_plan, net)}
         for name, how in kinds.items():
-            plans[name] = functools.partial(plan, how, x, args), args.iterations
+            plans[name] = functools.partial(plan, how, x), args.iterations
             updates[name] = (
                 functools.partial(learn, how, x, taught, net, optimizer, args), args.batch_mazes * args.batch_cells
             )  # fmt: skip
@@ -435,6 +436,57 @@ def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
     rows = [(name, "sweeps/s, 32 mazes each", rate) for name, rate in best_rates(plans, rounds).items()]
     rows += [(name, "moves learned from/s", rate) for name, rate in best_rates(updates, rounds).items()]
     return rows + [(name, "mazes with paths/s", rate) for name, rate in best_rates(mazes, few).items()]
+
+
+# ── icm: steps of the environments, of the agent, and learned from ────────────────────────────────────────────────
+
+
+def icm_rates(rounds: int) -> list[tuple[str, str, float]]:
+    """The default preset, by parts; the steps of one update each."""
+    args, cpu = icm.Args(), torch.device("cpu")
+    steps = args.envs * args.horizon
+    envs, one = icm.make_envs(args), functools.partial(icm.make_task, args)
+    apart = gym.vector.SyncVectorEnv([one] * args.envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    agent = icm.make_agent(args, one(), cpu)
+    module = icm.ICM(envs.single_observation_space.shape, envs.single_action_space, args)
+    seen = icm.Moments(envs.single_observation_space.shape, cpu)
+    obs, _ = envs.reset(seed=1)
+    seen.update(torch.from_numpy(obs))
+
+    def walk(envs: gym.vector.VectorEnv, times: int) -> None:
+        for _ in range(times):
+            envs.step(np.random.randint(4, size=args.envs))
+
+    def play() -> tuple:
+        return icm.play_steps(envs, obs, agent, seen.scale, args.horizon, cpu, lambda: None, lambda *_: None)
+
+    played, _ = play()
+    x, x2 = (seen.scale(column.flatten(0, 1)) for column in (played.obs, played.next_obs))
+    action, log_prob = played.action.flatten(), played.log_prob.flatten()
+    target, advantage = torch.randn(steps, 2), torch.randn(steps)
+
+    def minibatches() -> list[torch.Tensor]:
+        return [rows for _ in range(args.passes) for rows in torch.randperm(steps).chunk(args.minibatches)]
+
+    def curiosity() -> None:
+        module.wonder(x, action, x2)
+        for rows in minibatches():
+            sum(module.losses(x[rows], action[rows], x2[rows])).backward()
+
+    def improve() -> None:
+        for rows in minibatches():
+            batch = (x[rows], action[rows], log_prob[rows], advantage[rows], target[rows])
+            sum(icm.ppo_losses(agent, *batch, args.clip)).backward()
+
+    apart.reset(seed=1)
+    variants = {
+        "the maze": (functools.partial(walk, envs, args.horizon), steps),
+        "(the maze, one environment after another)": (functools.partial(walk, apart, 4), 4 * args.envs),
+        "the maze and the policy": (play, steps),
+        "curiosity: bonuses and losses": (curiosity, steps),
+        "PPO's losses": (improve, steps),
+    }
+    return [(name, "steps/s", rate) for name, rate in best_rates(variants, min(rounds, 10)).items()]
 
 
 @dataclass
@@ -462,6 +514,7 @@ def main(args: Args) -> None:
     rows += [("mbpo", name, unit, rate) for name, unit, rate in mbpo_rates(args.rounds)]
     rows += [("mage", name, unit, rate) for name, unit, rate in mage_rates(args.rounds)]
     rows += [("vin", name, unit, rate) for name, unit, rate in vin_rates(args.rounds)]
+    rows += [("icm", name, unit, rate) for name, unit, rate in icm_rates(args.rounds)]
     print("| file | hot path | rate | unit |\n|-|-|-|-|")
     for file, name, unit, rate in rows:
         print(f"| {file} | {name} | {rate:.3g} | {unit} |")

@@ -1,7 +1,8 @@
 """The figures of docs/vin.md, each from several seeds of `algos/vin.py`.
 
     python benchmarks/vin_figures.py maze8
-    python benchmarks/vin_figures.py maze16     # beside the reactive networks
+    python benchmarks/vin_figures.py maze16
+    python benchmarks/vin_figures.py reactive   # the paper's other networks in the same mazes
     python benchmarks/vin_figures.py maze28
     python benchmarks/vin_figures.py rl
     python benchmarks/vin_figures.py public --data gridworld_8x8.npz
@@ -30,8 +31,11 @@ SHORT = "--total-timesteps 4000000 --hold-steps 2000000 --decay-steps 2000000"
 SHORTER = "--total-timesteps 1000000 --hold-steps 500000 --decay-steps 500000 --eval-every 200000"
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "maze8": ({"VIN": "maze8", "FCN": f"maze8 --model fcn {FEW}"}, 3),
-    "maze16": ({"VIN": "maze16", "FCN": f"maze16 --model fcn {SHORT} {FEW}"}, 3),
-    "cnn": ({"CNN": f"maze16 --model cnn {SHORTER} {FEW}"}, 1),
+    "maze16": ({"VIN": "maze16"}, 3),
+    "reactive": (
+        {"FCN": f"maze16 --model fcn {SHORT} {FEW}", "CNN": f"maze16 --model cnn {SHORTER} {FEW}"},
+        1,
+    ),
     "maze28": ({"VIN": "maze28"}, 1),
     "rl": ({"VIN, from rewards": "maze8 --train rl --total-timesteps 1000000 --eval-every 100000"}, 3),
     "public": ({"VIN": "maze8 --transfer-size 0"}, 3),

@@ -245,7 +245,7 @@ CASES = {
         "--picture-every 400",
         options=[
             "--reward extrinsic",
-            "--reward intrinsic --episodic --clip-reward",
+            "--reward intrinsic --episodic",
             "--features random --no-normalize",
             "--features pixels --noisy-tv",
             "--features noise",
@@ -273,6 +273,7 @@ CASES = {
             ("--beta 1.5", "--beta"),
             ("--eta 0", "--eta"),
             ("--policy-weight 0", "--policy-weight"),
+            ("--bonus-memory -1", "--bonus-memory"),
             ("--clip 0", "--clip"),
             ("--learning-rate 0", "--learning-rate"),
             ("--entropy -0.1", "--entropy"),

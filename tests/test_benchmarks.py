@@ -18,7 +18,8 @@ speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
     rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
-    assert {row.split(",")[0] for row in rows} == {"matrix product", "dyna_q", "mpc_rs", "pets", "mbpo", "mage", "vin"}
+    names = [path.stem for path in house.scripts(helpers.ROOT)]
+    assert {row.split(",")[0] for row in rows} == {"matrix product", *names}
     assert all(float(row.split(",")[-1]) > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
 
@@ -195,6 +196,31 @@ def test_the_networks_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
         assert ", ".join(f"{value:.2f}" for value in last) in line and f" {np.mean(last):.3g} ± " in line
     assert any("transfer_success" in x for x in made) and not any(x.startswith("FCN") and "transfer" in x for x in made)
     assert (tmp_path / "docs/figures/vin_maze8.png").stat().st_size > 5_000
+
+
+@pytest.mark.learning  # they train
+def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "icm_figures.py")
+    short = "maze --envs 4 --horizon 25 --episode-limit 60 --total-timesteps 800 --eval-every 400 --picture-every 200"
+    short += " --log-every 100 --hidden 8 --feature-size 4 --model-hidden 8"
+    (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
+    writes_into(tmp_path, runner, monkeypatch)
+    for name, variants in (
+        ("maze", {"ICM": short, "PPO alone": f"{short} --reward extrinsic"}),
+        ("alone", {"curiosity alone": f"{short} --reward intrinsic"}),
+    ):
+        monkeypatch.setitem(runner.EXPERIMENTS, name, (variants, 2))
+        runner.main(runner.Args(name=name, runs=tmp_path / "runs", workers=1))
+        made, table = (tmp_path / f"benchmarks/results/icm_{name}.csv").read_text(), capsys.readouterr().out
+        for label in variants:
+            rows = [x.split(",") for x in made.splitlines() if x.startswith(f"{label},") and ",charts/places,800," in x]
+            last = [float(row[4]) for row in rows]
+            assert len(last) == 2 and f"{np.mean(last):.2f} ({last[0]:.4g}, {last[1]:.4g})" in table
+        assert (tmp_path / f"docs/figures/icm_{name}.png").stat().st_size > 5_000
+    assert "random walk,2,charts/places,800," in made and "| random walk |" in table
+    assert (tmp_path / "docs/figures/icm_visits.gif").stat().st_size > 1_000
+    assert runner.first_success([(10, 0.0), (20, 0.5), (30, 0.1)]) == "20"
+    assert runner.random_walk(1, [640, 6_400])[0][1] < runner.random_walk(1, [640, 6_400])[1][1]
 
 
 def test_the_public_codes_update_is_the_fast_one(monkeypatch):
