@@ -52,7 +52,8 @@ Deviations from the paper and the official code:
   - φ(s) has the same length for all s (a layer norm without weights), and the forward model learns in each of PPO's
     passes.
   - Bonuses are divided by the running deviation of their discounted sum (Burda et al.), here of the latest updates, so
-    that curiosity stays awake; η then changes nothing. --no-normalize gives the paper's.
+    that curiosity stays awake; η then changes nothing. --no-normalize gives the paper's. Rewards whose sums are large
+    are divided by their deviation too.
   - Observations get mean 0 and deviation 1, by what was seen so far (Burda et al.: by random steps).
   - An observation that is no image, or a small one, is read by two layers in place of the convolutions.
 """
@@ -613,8 +614,9 @@ def train(args: Args) -> Path:
     fixed = icm.encoder if icm and args.features == "random" else nn.Identity()
     parameters = [p for part in learned.values() for p in part.parameters()]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
-    seen, sums = Moments(shape, device), Moments((), device)  # of observations, and of discounted sums of bonuses
-    bonus_sum = torch.zeros(args.envs, device=device)
+    seen = Moments(shape, device)  # of observations
+    sums = {stream: Moments((), device) for stream in ("reward", "bonus")}  # of their discounted sums
+    so_far = {stream: torch.zeros(args.envs, device=device) for stream in sums}
     grid = place_grid(envs)
     visits, lately = (np.zeros(grid, np.int64) if grid else None for _ in range(2))
     returns, lengths = np.zeros(args.envs), np.zeros(args.envs, np.int64)
@@ -624,13 +626,15 @@ def train(args: Args) -> Path:
     at_first = env_state(eval_env)
     own = hasattr(envs.unwrapped, "load_state_dict")
     if checkpoint:
-        step, bonus_sum = checkpoint["step"], checkpoint["bonus_sum"].to(device)
+        step = checkpoint["step"]
         for name, part in learned.items():
             part.load_state_dict(checkpoint["learned"][name])
         fixed.load_state_dict(checkpoint["fixed"])
         optimizer.load_state_dict(checkpoint["optimisers"]["all"])
         seen.load_state_dict(checkpoint["seen"])
-        sums.load_state_dict(checkpoint["sums"])
+        for stream, moments in sums.items():
+            moments.load_state_dict(checkpoint["sums"][stream])
+            so_far[stream] = checkpoint["so_far"][stream].to(device)
         if grid:
             visits, lately = (checkpoint[name].numpy() for name in ("visits", "lately"))
     # Environments of others begin new episodes in a run that goes on; the maze is where it was
@@ -652,11 +656,18 @@ def train(args: Args) -> Path:
         save_checkpoint(
             run_dir, step=step, learned={name: part.state_dict() for name, part in learned.items()},
             fixed=fixed.state_dict(), optimisers={"all": optimizer.state_dict()}, seen=seen.state_dict(),
-            sums=sums.state_dict(), bonus_sum=bonus_sum, visits=visits, lately=lately, env=at_first,
-            envs=envs.unwrapped.state_dict() if own else None, obs=obs if own else None, returns=returns,
-            lengths=lengths, log=log.state_dict(),
+            sums={stream: moments.state_dict() for stream, moments in sums.items()}, so_far=so_far, visits=visits,
+            lately=lately, env=at_first, envs=envs.unwrapped.state_dict() if own else None, obs=obs if own else None,
+            returns=returns, lengths=lengths, log=log.state_dict(),
         )  # fmt: skip
         log.lap("log")
+
+    def deviation(stream: str, amount: torch.Tensor, gamma: float, memory: float) -> torch.Tensor:
+        """The running standard deviation of the discounted sums of what comes in, [T, N]."""
+        collected = discounted(amount, so_far[stream], gamma)
+        so_far[stream] = collected[-1]
+        sums[stream].update(collected.flatten(), memory)
+        return sums[stream].variance.sqrt().float()
 
     def measure() -> None:
         set_env_state(eval_env, at_first, generators=False)
@@ -723,12 +734,13 @@ def train(args: Args) -> Path:
                     log.mean(tag, value)
             if curious:
                 log.mean("model/bonus", bonus.mean())
-                collected = discounted(bonus, bonus_sum, args.bonus_gamma)
-                bonus_sum = collected[-1]
-                sums.update(collected.flatten(), args.bonus_memory * collected.numel() or math.inf)
                 if args.normalize:
-                    bonus = bonus / sums.variance.sqrt().clamp_min(1e-8).float()
+                    memory = args.bonus_memory * bonus.numel() or math.inf
+                    bonus = bonus / deviation("bonus", bonus, args.bonus_gamma, memory).clamp_min(1e-8)
                 log.mean("model/normalized_bonus", bonus.mean())
+            # Large rewards are made smaller, for the values' error would else be all that the shared layers learn from
+            reward = played.reward / deviation("reward", played.reward, args.gamma, math.inf).clamp_min(1.0)
+            played = played._replace(reward=reward)
             log.lap("model")
 
             # (3) advantages, of the rewards and of the bonuses apart, and their sum

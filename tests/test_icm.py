@@ -429,16 +429,24 @@ def test_the_size_of_bonuses_is_divided_out(tmp_path):
         assert (helpers.differences(*runs) == []) == same
 
 
-def test_of_clipped_rewards_only_the_sign_counts(tmp_path):
-    gym.register("Paid-v0", entry_point=Paid)
-    gym.register("PaidMore-v0", entry_point=Paid, kwargs={"factor": 10.0})
-    for flags, same in (("--clip-reward", True), ("", False)):
+def test_which_sizes_of_rewards_count(tmp_path):
+    """Of clipped ones the sign; of large ones how they compare with each other; small ones are what they are. All
+    factors are powers of two: what is the same is so to the bit."""
+    for name, factor in (("Tiny", 2**-8), ("Small", 2**-5), ("Large", 2**5), ("Huge", 2**8)):
+        gym.register(f"{name}-v0", entry_point=Paid, kwargs={"factor": factor})
+    for flags, one, other, same in (
+        ("--clip-reward", "Tiny", "Huge", True),
+        ("", "Large", "Huge", True),
+        ("", "Tiny", "Small", False),
+        ("", "Small", "Large", False),
+    ):
         runs = [
-            trained(f"{flags} --reward extrinsic --env-id {name}-v0", tmp_path / f"{name}{flags}")
-            for name in ("Paid", "PaidMore")
+            trained(f"{flags} --reward extrinsic --env-id {name}-v0", tmp_path / f"{flags}{one}{other}{name}")
+            for name in (one, other)
         ]
         assert (helpers.differences(*runs) == []) == same
-    del gym.registry["Paid-v0"], gym.registry["PaidMore-v0"]
+    for name in ("Tiny", "Small", "Large", "Huge"):
+        del gym.registry[f"{name}-v0"]
 
 
 class Paid(Counter):
