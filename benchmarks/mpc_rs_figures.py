@@ -14,6 +14,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -87,10 +88,8 @@ def run(job: tuple[str, Path, list[str]]) -> None:
 
 def train_all(script: str, variants: dict[str, str], seeds: int, runs: Path, workers: int) -> dict[str, list[Path]]:
     """Every variant (label → command line) with every seed: label → its finished run folders."""
-    folders = {
-        label: [runs / f"{flags.replace(' ', '_').replace('-', '')}_{seed}" for seed in range(1, seeds + 1)]
-        for label, flags in variants.items()
-    }
+    names = {label: re.sub(r"[^\w ]", "", flags).replace(" ", "_") for label, flags in variants.items()}
+    folders = {label: [runs / f"{name}_{seed}" for seed in range(1, seeds + 1)] for label, name in names.items()}
     runs.mkdir(parents=True, exist_ok=True)
     jobs = [(script, folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
             for seed in range(1, seeds + 1) for label, flags in variants.items()]  # fmt: skip

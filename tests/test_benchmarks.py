@@ -114,6 +114,18 @@ def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     assert (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text() == made
 
 
+def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Also where a flag is a path, or has a point in it."""
+    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
+    monkeypatch.setattr(runner, "run", lambda job: job[1].with_suffix(".json").write_text("{}"))
+    all_flags = ("maze8 --data /a/b-c.npz", "maze8 --beta 0.1", "maze8 --beta 0.2", "a --model D", "a --model E")
+    variants = {flags: flags for flags in all_flags}
+    folders = runner.train_all("vin", variants, 2, tmp_path / "runs", 1)
+    assert len(list((tmp_path / "runs").iterdir())) == 10
+    assert all(path.parent == tmp_path / "runs" for paths in folders.values() for path in paths)
+
+
 def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
     runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
     for name, seconds, resumed in (("a", 60, False), ("b", 240, False), ("c", 6_000, True)):
