@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py
     python benchmarks/speed.py --save benchmarks/results/speed_cpu.csv
+    python benchmarks/speed.py --only vin icm
 
 Timings of a shared machine are noisy: the variants of a row are timed in turn, round by round, and the best round
 of each counts. Quote ratios of one run.
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import gymnasium as gym
 import numpy as np
@@ -489,40 +490,56 @@ def icm_rates(rounds: int) -> list[tuple[str, str, float]]:
     return [(name, "steps/s", rate) for name, rate in best_rates(variants, min(rounds, 10)).items()]
 
 
+Row = tuple[str, str, float]  # what, unit, rate
+MEASURED: dict[str, Callable[[int], list[Row]]] = {
+    "matrix product": lambda rounds: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
+    "dyna_q": lambda rounds: [(name, "million updates/s", rate / 1e6) for name, rate in dyna_q_rates(rounds).items()],
+    "mpc_rs": lambda rounds: with_flops("million model steps/s", 1e6, *mpc_rs_rates(rounds)),
+    "pets": lambda rounds: with_flops("plans/s", 1, *pets_rates(rounds)),
+    "mbpo": mbpo_rates,
+    "mage": mage_rates,
+    "vin": vin_rates,
+    "icm": icm_rates,
+}
+
+
+def with_flops(unit: str, scale: float, rates: dict[str, float], flops: dict[str, float]) -> list[Row]:
+    rows = [(name, unit, rate / scale) for name, rate in rates.items()]
+    return rows + [(name, "GFLOP/s", rate) for name, rate in flops.items()]
+
+
 @dataclass
 class Args:
     rounds: int = 30
     """Rounds; the best counts."""
     threads: int = torch.get_num_threads()
     """Torch's threads."""
+    only: tuple[Literal[tuple(MEASURED)], ...] = tuple(MEASURED)
+    """These alone."""
     save: Optional[Path] = None
-    """Also write the table here, as CSV."""
+    """Also write the table here, as CSV; rows of what was not measured now stay as they are there."""
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     python = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{platform.machine()}, {args.threads} threads, {python}\n")
-    rows = [("matrix product", name, "GFLOP/s", rate) for name, rate in matrix_product(args.rounds).items()]
-    rows += [("dyna_q", name, "million updates/s", rate / 1e6) for name, rate in dyna_q_rates(args.rounds).items()]
-    steps, flops = mpc_rs_rates(args.rounds)
-    rows += [("mpc_rs", name, "million model steps/s", rate / 1e6) for name, rate in steps.items()]
-    rows += [("mpc_rs", name, "GFLOP/s", rate) for name, rate in flops.items()]
-    plans, flops = pets_rates(args.rounds)
-    rows += [("pets", name, "plans/s", rate) for name, rate in plans.items()]
-    rows += [("pets", name, "GFLOP/s", rate) for name, rate in flops.items()]
-    rows += [("mbpo", name, unit, rate) for name, unit, rate in mbpo_rates(args.rounds)]
-    rows += [("mage", name, unit, rate) for name, unit, rate in mage_rates(args.rounds)]
-    rows += [("vin", name, unit, rate) for name, unit, rate in vin_rates(args.rounds)]
-    rows += [("icm", name, unit, rate) for name, unit, rate in icm_rates(args.rounds)]
     print("| file | hot path | rate | unit |\n|-|-|-|-|")
-    for file, name, unit, rate in rows:
-        print(f"| {file} | {name} | {rate:.3g} | {unit} |")
+    table: dict[str, list] = {file: [] for file in MEASURED}
+    if args.save and args.save.exists():
+        with open(args.save, newline="") as file:
+            for name, *row in list(csv.reader(file))[1:]:
+                table[name].append(row)
+    for file in args.only:
+        rows = MEASURED[file](args.rounds)
+        table[file] = [(name, unit, f"{rate:.4g}") for name, unit, rate in rows]
+        for name, unit, rate in rows:
+            print(f"| {file} | {name} | {rate:.3g} | {unit} |", flush=True)
     if args.save:
         with open(args.save, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["file", "hot_path", "unit", "rate"])
-            writer.writerows([*row[:3], f"{row[3]:.4g}"] for row in rows)
+            writer.writerows([name, *row] for name, rows in table.items() for row in rows)
 
 
 if __name__ == "__main__":
