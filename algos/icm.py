@@ -925,19 +925,21 @@ class CuriousMaze(gym.Env):
         super().reset(seed=seed)
         self.mazes.np_random = self.np_random
         obs, _ = self.mazes.reset()
-        self.tile = self.mazes.tile[0]
+        self.tile, self.steps = self.mazes.tile[0], 0
         return obs[0], {}
 
     def step(self, action: int):
         _, reward, terminated, truncated, infos = self.mazes.step(np.array([action]))
-        self.tile = infos["tile"][0]
+        self.tile, self.steps = infos["tile"][0], self.steps + 1
         return infos["final_obs"][0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
     def render(self) -> np.ndarray:
         picture = self.mazes.image.transpose(1, 2, 0).copy()
         picture[tuple(self.mazes.goal)] = (255, 215, 0)
         picture[tuple(self.tile)] = (255, 0, 0)
-        return picture.repeat(20, axis=0).repeat(20, axis=1)
+        picture = picture.repeat(20, axis=0).repeat(20, axis=1)
+        picture[-5:, : self.steps * len(picture) // self.mazes.limit] = 255  # how much of the time is gone
+        return picture
 
 
 if "CuriousMaze-v0" not in gym.registry:
