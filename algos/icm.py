@@ -51,9 +51,8 @@ Deviations from the paper and the official code:
     forward model's loss shape it too: --joint. It can make that loss small by making all features alike.
   - φ(s) has the same length for all s (a layer norm without weights), and the forward model learns in each of PPO's
     passes.
-  - Bonuses are divided by the running deviation of their discounted sum (Burda et al.), here of the latest updates, so
-    that curiosity stays awake; η then changes nothing. --no-normalize gives the paper's. Rewards whose sums are large
-    are divided by their deviation too.
+  - Bonuses are divided by the running deviation of their discounted sum (Burda et al.); η then changes nothing.
+    --no-normalize gives the paper's. Rewards whose sums are large are divided by their deviation too.
   - Observations get mean 0 and deviation 1, by what was seen so far (Burda et al.: by random steps).
   - An observation that is no image, or a small one, is read by two layers in place of the convolutions.
 """
@@ -101,7 +100,7 @@ class Args:
     observation itself. With noise the bonus is a random number: as large, and telling nothing."""
     joint: bool = False
     """The forward model's loss shapes φ too, as in the official code."""
-    total_timesteps: int = 1_500_000
+    total_timesteps: int = 2_000_000
     """Steps of all environments together, rounded up to whole updates."""
     envs: int = 64
     """Environments at a time."""
@@ -124,7 +123,7 @@ class Args:
     """Over the steps that were played, in each update."""
     minibatches: int = 4
     """In each pass."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Adam's step size, for everything."""
     gamma: float = 0.99
     """γ: discount of the environment's rewards."""
@@ -140,7 +139,7 @@ class Args:
     """Weight of the values' error."""
     gradient_clip: float = 0.5
     """The policy's gradient is not longer than this."""
-    reward_weight: float = 2.0
+    reward_weight: float = 5.0
     """Of the environment's advantages, beside those of the bonuses."""
     bonus_weight: float = 1.0
     """Of the bonuses' advantages."""
@@ -152,8 +151,6 @@ class Args:
     """λ: weight of the policy's loss beside the two models'. They share no weights, so that Adam makes little of it."""
     normalize: bool = True
     """Divide the bonuses by the running standard deviation of their discounted sum."""
-    bonus_memory: int = 20
-    """That deviation is one of about so many updates; 0: of all (Burda et al.)."""
     episodic: bool = False
     """The sum of bonuses to come ends with the episode; else it goes on in the next."""
     hidden: int = 128
@@ -176,7 +173,7 @@ class Args:
     """Episodes of an evaluation."""
     eval_max_steps: int = 10_000
     """Cut an evaluation episode here."""
-    picture_every: int = 75_000
+    picture_every: int = 100_000
     """Draw visits and bonuses every this many steps, 20 times at most; 0: never."""
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
@@ -257,7 +254,9 @@ class Agent(nn.Module):
         self.body = nn.Sequential(nn.Linear(width, hidden), nn.ELU())
         self.discrete = isinstance(actions, gym.spaces.Discrete)
         outputs = int(actions.n) if self.discrete else math.prod(actions.shape)
-        self.policy, self.values = head(hidden, outputs, 0.01), head(hidden, streams, 1.0)
+        self.policy = head(hidden, outputs, 0.01)
+        # 0 to begin with: until the first reward is found its value is right, and its noise can't drown curiosity
+        self.values = head(hidden, streams, 0.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(outputs))
 
@@ -349,9 +348,9 @@ class Moments:
         self.mean, self.variance = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
         self.count = 0
 
-    def update(self, x: torch.Tensor, memory: float = math.inf) -> None:
-        """x [B, *shape]; what was seen before counts as `memory` rows at most."""
-        x, self.count = x.double(), min(self.count, memory)
+    def update(self, x: torch.Tensor) -> None:
+        """x [B, *shape]"""
+        x = x.double()
         total, away = self.count + len(x), x.mean(0) - self.mean
         spread = self.count * self.variance + len(x) * x.var(0, correction=0) + away**2 * self.count * len(x) / total
         self.mean, self.variance, self.count = self.mean + away * len(x) / total, spread / total, total
@@ -556,7 +555,7 @@ def check_settings(args: Args) -> None:
     check_run_settings(args)
     for least, names in (
         (1, ("envs", "horizon", "passes", "minibatches", "hidden", "feature_size", "model_hidden")),
-        (0, ("episode_limit", "bonus_memory", "maze_layout")),
+        (0, ("episode_limit", "maze_layout")),
         (0, ("entropy", "value_weight", "reward_weight", "bonus_weight")),
     ):
         for name in names:
@@ -662,11 +661,11 @@ def train(args: Args) -> Path:
         )  # fmt: skip
         log.lap("log")
 
-    def deviation(stream: str, amount: torch.Tensor, gamma: float, memory: float) -> torch.Tensor:
+    def deviation(stream: str, amount: torch.Tensor, gamma: float) -> torch.Tensor:
         """The running standard deviation of the discounted sums of what comes in, [T, N]."""
         collected = discounted(amount, so_far[stream], gamma)
         so_far[stream] = collected[-1]
-        sums[stream].update(collected.flatten(), memory)
+        sums[stream].update(collected.flatten())
         return sums[stream].variance.sqrt().float()
 
     def measure() -> None:
@@ -735,11 +734,10 @@ def train(args: Args) -> Path:
             if curious:
                 log.mean("model/bonus", bonus.mean())
                 if args.normalize:
-                    memory = args.bonus_memory * bonus.numel() or math.inf
-                    bonus = bonus / deviation("bonus", bonus, args.bonus_gamma, memory).clamp_min(1e-8)
+                    bonus = bonus / deviation("bonus", bonus, args.bonus_gamma).clamp_min(1e-8)
                 log.mean("model/normalized_bonus", bonus.mean())
             # Large rewards are made smaller, for the values' error would else be all that the shared layers learn from
-            reward = played.reward / deviation("reward", played.reward, args.gamma, math.inf).clamp_min(1.0)
+            reward = played.reward / deviation("reward", played.reward, args.gamma).clamp_min(1.0)
             played = played._replace(reward=reward)
             log.lap("model")
 

@@ -1,6 +1,7 @@
 """The figures of docs/icm.md, each from several seeds of `algos/icm.py`.
 
-    python benchmarks/icm_figures.py maze           # curiosity, PPO alone, noise; other features
+    python benchmarks/icm_figures.py maze           # curiosity, PPO alone, noise
+    python benchmarks/icm_figures.py features       # other things to foresee
     python benchmarks/icm_figures.py alone          # without any reward, beside a random walk
     python benchmarks/icm_figures.py tv             # a screen full of noise in the maze
     python benchmarks/icm_figures.py mountaincar
@@ -32,20 +33,26 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
             "ICM": "maze",
             "PPO alone": "maze --reward extrinsic",
             "PPO and noise": "maze --features noise",
+        },
+        5,
+    ),
+    "features": (
+        {
+            "ICM": "maze",
             "random features": "maze --features random",
             "pixels": "maze --features pixels",
             "ICM, joint": "maze --joint",
         },
-        5,
+        3,
     ),
     "alone": ({"curiosity alone": "maze --reward intrinsic --total-timesteps 500000"}, 5),
     "tv": (
         {
-            "ICM": "maze --noisy-tv",
-            "random features": "maze --noisy-tv --features random",
-            "pixels": "maze --noisy-tv --features pixels",
+            "ICM": "maze --noisy-tv --total-timesteps 1000000",
+            "random features": "maze --noisy-tv --features random --total-timesteps 1000000",
+            "pixels": "maze --noisy-tv --features pixels --total-timesteps 1000000",
         },
-        5,
+        3,
     ),
     "mountaincar": ({"ICM": "mountaincar", "PPO alone": "mountaincar --reward extrinsic"}, 5),
 }

@@ -273,7 +273,6 @@ CASES = {
             ("--beta 1.5", "--beta"),
             ("--eta 0", "--eta"),
             ("--policy-weight 0", "--policy-weight"),
-            ("--bonus-memory -1", "--bonus-memory"),
             ("--clip 0", "--clip"),
             ("--learning-rate 0", "--learning-rate"),
             ("--entropy -0.1", "--entropy"),
