@@ -204,6 +204,7 @@ PRESETS = {
             env_id="MountainCar-v0",
             envs=16,
             horizon=128,
+            reward_weight=1.0,
             total_timesteps=300_000,
             eval_every=20_000,
             log_every=4_000,
