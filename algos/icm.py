@@ -204,6 +204,7 @@ PRESETS = {
             env_id="MountainCar-v0",
             envs=16,
             horizon=128,
+            learning_rate=1e-3,
             reward_weight=1.0,
             total_timesteps=300_000,
             eval_every=20_000,
