@@ -50,9 +50,9 @@ Deviations from the paper and the official code:
   - φ learns from the inverse model alone, as section 2.2 of the paper says; Equation 7 and the official code let the
     forward model's loss shape it too: --joint. It can make that loss small by making all features alike.
   - φ(s) has the same length for all s (a layer norm without weights), and the forward model learns in each of PPO's
-    passes.
+    passes. What it learns is the change, φ(s') − φ(s) (Burda et al.), and it begins with "nothing changes".
   - Bonuses are divided by the running deviation of their discounted sum (Burda et al.); η then changes nothing.
-    --no-normalize gives the paper's. Rewards whose sums are large are divided by their deviation too.
+    --no-normalize gives the paper's. Rewards whose sums are large are divided by their size.
   - Observations get mean 0 and deviation 1, by what was seen so far (Burda et al.: by random steps).
   - An observation that is no image, or a small one, is read by two layers in place of the convolutions.
 """
@@ -100,7 +100,7 @@ class Args:
     observation itself. With noise the bonus is a random number: as large, and telling nothing."""
     joint: bool = False
     """The forward model's loss shapes φ too, as in the official code."""
-    total_timesteps: int = 2_000_000
+    total_timesteps: int = 1_200_000
     """Steps of all environments together, rounded up to whole updates."""
     envs: int = 64
     """Environments at a time."""
@@ -173,7 +173,7 @@ class Args:
     """Episodes of an evaluation."""
     eval_max_steps: int = 10_000
     """Cut an evaluation episode here."""
-    picture_every: int = 100_000
+    picture_every: int = 60_000
     """Draw visits and bonuses every this many steps, 20 times at most; 0: never."""
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
@@ -204,7 +204,6 @@ PRESETS = {
             env_id="MountainCar-v0",
             envs=16,
             horizon=128,
-            learning_rate=1e-3,
             reward_weight=1.0,
             total_timesteps=300_000,
             eval_every=20_000,
@@ -295,7 +294,7 @@ class ICM(nn.Module):
                 nn.Linear(2 * size, args.model_hidden), nn.ReLU(), nn.Linear(args.model_hidden, self.actions)
             )
         self.forecast = nn.Sequential(
-            nn.Linear(size + self.actions, args.model_hidden), nn.ReLU(), nn.Linear(args.model_hidden, size)
+            nn.Linear(size + self.actions, args.model_hidden), nn.ReLU(), head(args.model_hidden, size, 0.0)
         )
 
     def learned(self) -> dict[str, nn.Module]:
@@ -314,7 +313,8 @@ class ICM(nn.Module):
 
     def error(self, phi: torch.Tensor, a: torch.Tensor, phi2: torch.Tensor) -> torch.Tensor:
         """½ ‖φ̂(s') − φ(s')‖² of each row [B], with φ̂(s') = f(φ(s), a) (Eq. 4)."""
-        return 0.5 * (self.forecast(torch.cat([phi, self.numbers(a)], 1)) - phi2).square().sum(1)
+        # f = φ(s) + what it adds, at first nothing: else the first bonuses would be far larger than all later ones
+        return 0.5 * (phi + self.forecast(torch.cat([phi, self.numbers(a)], 1)) - phi2).square().sum(1)
 
     @torch.no_grad()
     def wonder(self, s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -663,12 +663,12 @@ def train(args: Args) -> Path:
         )  # fmt: skip
         log.lap("log")
 
-    def deviation(stream: str, amount: torch.Tensor, gamma: float) -> torch.Tensor:
-        """The running standard deviation of the discounted sums of what comes in, [T, N]."""
+    def add_up(stream: str, amount: torch.Tensor, gamma: float) -> Moments:
+        """What comes in, [T, N], discounted: the moments of its sums in all of the run."""
         collected = discounted(amount, so_far[stream], gamma)
         so_far[stream] = collected[-1]
         sums[stream].update(collected.flatten())
-        return sums[stream].variance.sqrt().float()
+        return sums[stream]
 
     def measure() -> None:
         set_env_state(eval_env, at_first, generators=False)
@@ -736,11 +736,13 @@ def train(args: Args) -> Path:
             if curious:
                 log.mean("model/bonus", bonus.mean())
                 if args.normalize:
-                    bonus = bonus / deviation("bonus", bonus, args.bonus_gamma).clamp_min(1e-8)
+                    deviation = add_up("bonus", bonus, args.bonus_gamma).variance.sqrt().float()
+                    bonus = bonus / deviation.clamp_min(1e-8)
                 log.mean("model/normalized_bonus", bonus.mean())
             # Large rewards are made smaller, for the values' error would else be all that the shared layers learn from
-            reward = played.reward / deviation("reward", played.reward, args.gamma).clamp_min(1.0)
-            played = played._replace(reward=reward)
+            collected = add_up("reward", played.reward, args.gamma)
+            size = (collected.mean**2 + collected.variance).sqrt().float()
+            played = played._replace(reward=played.reward / size.clamp_min(1.0))
             log.lap("model")
 
             # (3) advantages, of the rewards and of the bonuses apart, and their sum

@@ -48,9 +48,9 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
     "alone": ({"curiosity alone": "maze --reward intrinsic --total-timesteps 500000"}, 5),
     "tv": (
         {
-            "ICM": "maze --noisy-tv --total-timesteps 1000000",
-            "random features": "maze --noisy-tv --features random --total-timesteps 1000000",
-            "pixels": "maze --noisy-tv --features pixels --total-timesteps 1000000",
+            "ICM": "maze --noisy-tv",
+            "random features": "maze --noisy-tv --features random",
+            "pixels": "maze --noisy-tv --features pixels",
         },
         3,
     ),
