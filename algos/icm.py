@@ -204,7 +204,6 @@ PRESETS = {
             env_id="MountainCar-v0",
             envs=16,
             horizon=128,
-            reward_weight=1.0,
             total_timesteps=300_000,
             eval_every=20_000,
             log_every=4_000,
@@ -410,10 +409,16 @@ def discounted(bonus: torch.Tensor, before: torch.Tensor, gamma: float) -> torch
 
 
 def advantages(
-    played: Rollout, bonus: torch.Tensor, next_values: torch.Tensor, last_values: torch.Tensor, args: Args
+    played: Rollout,
+    bonus: torch.Tensor,
+    next_values: torch.Tensor,
+    last_values: torch.Tensor,
+    end_value: float,
+    args: Args,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step (3): the advantages to learn from [T, N], and what the values should have been [T, N, streams]. next_values
-    [T, N, streams] are those of next_obs, last_values [N, streams] those of where the next step begins."""
+    [T, N, streams] are those of next_obs, last_values [N, streams] those of where the next step begins. After a
+    terminal step the sum of rewards is end_value."""
     targets, total = torch.empty_like(played.values), torch.zeros_like(played.reward)
     for i, stream in enumerate(STREAMS[args.reward]):
         value = played.values[..., i]
@@ -422,7 +427,8 @@ def advantages(
         else:
             reward, weight, gamma = bonus, args.bonus_weight, args.bonus_gamma
         if stream == "extrinsic" or args.episodic:
-            following, over = next_values[..., i] * ~played.terminated, played.over
+            last = end_value if stream == "extrinsic" else 0.0
+            following, over = next_values[..., i].masked_fill(played.terminated, last), played.over
         else:  # the next episode's first state follows the last one
             following, over = torch.cat([value[1:], last_values[None, :, i]]), torch.zeros_like(played.over)
         advantage = gae(reward, value, following, over, gamma, args.gae_lambda)
@@ -621,13 +627,13 @@ def train(args: Args) -> Path:
     grid = place_grid(envs)
     visits, lately = (np.zeros(grid, np.int64) if grid else None for _ in range(2))
     returns, lengths = np.zeros(args.envs), np.zeros(args.envs, np.int64)
-    step = 0
+    step, usual = 0, 0.0
     eval_env.reset(seed=args.seed)
     eval_env.action_space.seed(args.seed)
     at_first = env_state(eval_env)
     own = hasattr(envs.unwrapped, "load_state_dict")
     if checkpoint:
-        step = checkpoint["step"]
+        step, usual = checkpoint["step"], checkpoint["usual"]
         for name, part in learned.items():
             part.load_state_dict(checkpoint["learned"][name])
         fixed.load_state_dict(checkpoint["fixed"])
@@ -655,7 +661,7 @@ def train(args: Args) -> Path:
     # These look at the variables of the loop as they are when they are called, and leave the dice alone.
     def save() -> None:
         save_checkpoint(
-            run_dir, step=step, learned={name: part.state_dict() for name, part in learned.items()},
+            run_dir, step=step, usual=usual, learned={name: part.state_dict() for name, part in learned.items()},
             fixed=fixed.state_dict(), optimisers={"all": optimizer.state_dict()}, seen=seen.state_dict(),
             sums={stream: moments.state_dict() for stream, moments in sums.items()}, so_far=so_far, visits=visits,
             lately=lately, env=at_first, envs=envs.unwrapped.state_dict() if own else None, obs=obs if own else None,
@@ -709,6 +715,8 @@ def train(args: Args) -> Path:
                 obs, reward, terminated, truncated, infos = envs.step(envs.action_space.sample())
                 seen.update(torch.from_numpy(obs).to(device))
                 after_step(reward, terminated, terminated | truncated, obs, infos)
+                usual += float((np.sign(reward) if args.clip_reward else reward).mean()) / args.horizon
+            usual = usual if args.gamma < 1 else 0.0
             log.bar.update(step)
             log.start_clock(step)
         while step < args.total_timesteps:
@@ -741,12 +749,15 @@ def train(args: Args) -> Path:
                 log.mean("model/normalized_bonus", bonus.mean())
             # Large rewards are made smaller, for the values' error would else be all that the shared layers learn from
             collected = add_up("reward", played.reward, args.gamma)
-            size = (collected.mean**2 + collected.variance).sqrt().float()
-            played = played._replace(reward=played.reward / size.clamp_min(1.0))
+            size = (collected.mean**2 + collected.variance).sqrt().float().clamp_min(1.0)
+            # ... and counted from what random moves earn: where nothing else was found yet, all values are 0 and right.
+            # An episode that ends earns no longer what is usual, Σ γ^t usual
+            played = played._replace(reward=(played.reward - usual) / size)
+            end_value = -usual / (1 - args.gamma) / float(size) if usual else 0.0
             log.lap("model")
 
             # (3) advantages, of the rewards and of the bonuses apart, and their sum
-            advantage, targets = advantages(played, bonus, next_values, last_values, args)
+            advantage, targets = advantages(played, bonus, next_values, last_values, end_value, args)
             advantage, targets = advantage.flatten(), targets.flatten(0, 1)
             log.lap("update")
 

@@ -244,7 +244,7 @@ def test_gae_is_the_mean_of_n_step_advantages(seed, gamma, lam, length):
 def test_bonuses_go_on_beyond_an_episodes_end_and_rewards_do_not(episodic):
     args = Args(episodic=episodic, gamma=0.9, bonus_gamma=0.8, gae_lambda=0.7, reward_weight=2.0, bonus_weight=0.5)
     rollout, bonus, next_values, last = a_rollout(3)
-    advantage, targets = icm.advantages(rollout, bonus, next_values, last, args)
+    advantage, targets = icm.advantages(rollout, bonus, next_values, last, 0.0, args)
     total, slow_targets = np.zeros((9, 3)), np.zeros((9, 3, 2))
     for i in range(3):
         for stream, rewards, gamma, weight in ((0, rollout.reward, 0.9, 2.0), (1, bonus, 0.8, 0.5)):
@@ -259,10 +259,29 @@ def test_bonuses_go_on_beyond_an_episodes_end_and_rewards_do_not(episodic):
     assert np.allclose(advantage, (total - total.mean()) / total.std(), atol=1e-4)
 
 
+def test_counting_rewards_from_what_is_usual_changes_no_advantage():
+    rollout, bonus, next_values, last = a_rollout(5, streams=1)
+    args, usual = Args(reward="extrinsic", gamma=0.9), -0.7
+    forever = usual / (1 - 0.9)
+    moved = rollout._replace(reward=rollout.reward - usual, values=rollout.values - forever)
+    assert rollout.terminated.any()
+    plain, targets = icm.advantages(rollout, bonus, next_values, last, 0.0, args)
+    found, moved_targets = icm.advantages(moved, bonus, next_values - forever, last, -forever, args)
+    assert torch.allclose(found, plain, atol=1e-4)
+    assert torch.allclose(moved_targets + forever, targets, atol=1e-4)
+
+
+def test_where_all_moves_cost_the_same_the_value_stays_0(tmp_path):
+    """MountainCar-v0 before the top was found."""
+    learned = trained("--env-id MountainCar-v0", tmp_path)
+    extrinsic, intrinsic = learned["agent"]["values.weight"]
+    assert (extrinsic == 0).all() and (intrinsic != 0).all()
+
+
 @pytest.mark.parametrize("reward", ["extrinsic", "intrinsic"])
 def test_one_stream_alone(reward):
     rollout, bonus, next_values, last = a_rollout(1, streams=1)
-    advantage, targets = icm.advantages(rollout, bonus, next_values, last, Args(reward=reward, episodic=True))
+    advantage, targets = icm.advantages(rollout, bonus, next_values, last, 0.0, Args(reward=reward, episodic=True))
     rewards, alone = rollout.reward if reward == "extrinsic" else bonus, np.zeros((9, 3))
     following = next_values[..., 0] * ~rollout.terminated
     for i in range(3):
