@@ -137,6 +137,7 @@ def main(args: Args) -> None:
         clock = minutes(folders[label]) if label in variants else ""
         print(f"| {name} | {cells[0]} | {first} | {cells[1]} | {cells[2]} | {clock} |")
     for tag, axes in panels.items():
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
         axes.set(xlabel="environment steps", ylabel={"charts/places": "places visited"}.get(tag, tag.split("/")[1]))
     panels["charts/places"].legend(fontsize=7)
     figure.tight_layout()

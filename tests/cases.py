@@ -244,7 +244,7 @@ CASES = {
         "--feature-size 8 --model-hidden 16 --log-every 100 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "
         "--picture-every 400",
         options=[
-            "--reward extrinsic",
+            "--reward extrinsic --maze-size 5",
             "--reward intrinsic --episodic",
             "--features random --no-normalize",
             "--features pixels --noisy-tv",
@@ -253,7 +253,7 @@ CASES = {
             "--env-id MountainCarContinuous-v0 --capture-video --eval-max-steps 30",
         ],
         resume=[
-            "--reward extrinsic",
+            "--reward extrinsic --maze-size 5",
             "--features random --noisy-tv",
             "--features noise",
         ],
