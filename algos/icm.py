@@ -100,7 +100,7 @@ class Args:
     observation itself. With noise the bonus is a random number: as large, and telling nothing."""
     joint: bool = False
     """The forward model's loss shapes φ too, as in the official code."""
-    total_timesteps: int = 1_200_000
+    total_timesteps: int = 1_500_000
     """Steps of all environments together, rounded up to whole updates."""
     envs: int = 64
     """Environments at a time."""
@@ -125,6 +125,8 @@ class Args:
     """In each pass."""
     learning_rate: float = 5e-4
     """Adam's step size, for everything."""
+    decay_steps: int = 1_500_000
+    """It falls in a line to a hundredth of that at this step, and stays there; 0: it does not fall."""
     gamma: float = 0.99
     """γ: discount of the environment's rewards."""
     bonus_gamma: float = 0.99
@@ -173,7 +175,7 @@ class Args:
     """Episodes of an evaluation."""
     eval_max_steps: int = 10_000
     """Cut an evaluation episode here."""
-    picture_every: int = 60_000
+    picture_every: int = 75_000
     """Draw visits and bonuses every this many steps, 20 times at most; 0: never."""
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
@@ -193,8 +195,8 @@ class Args:
 
 ATARI = Args(  # Burda et al., with ICM's images of 42 × 42
     envs=128, horizon=128, processes=True, episode_limit=4_500, clip_reward=True, passes=3, minibatches=8,
-    learning_rate=1e-4, clip=0.1, entropy=0.001, reward_weight=1.0, hidden=256, total_timesteps=10_000_000,
-    log_every=100_000, eval_every=1_000_000, picture_every=1_000_000, eval_episodes=5,
+    learning_rate=1e-4, decay_steps=0, clip=0.1, entropy=0.001, reward_weight=1.0, hidden=256,
+    total_timesteps=10_000_000, log_every=100_000, eval_every=1_000_000, picture_every=1_000_000, eval_episodes=5,
 )  # fmt: skip
 PRESETS = {
     "maze": ("a maze with one reward, 62 moves away", Args()),
@@ -205,6 +207,7 @@ PRESETS = {
             envs=16,
             horizon=128,
             total_timesteps=300_000,
+            decay_steps=0,
             eval_every=20_000,
             log_every=4_000,
             picture_every=20_000,
@@ -563,7 +566,7 @@ def check_settings(args: Args) -> None:
     check_run_settings(args)
     for least, names in (
         (1, ("envs", "horizon", "passes", "minibatches", "hidden", "feature_size", "model_hidden")),
-        (0, ("episode_limit", "maze_layout")),
+        (0, ("episode_limit", "maze_layout", "decay_steps")),
         (0, ("entropy", "value_weight", "reward_weight", "bonus_weight")),
     ):
         for name in names:
@@ -761,6 +764,9 @@ def train(args: Args) -> Path:
             advantage, targets = advantage.flatten(), targets.flatten(0, 1)
             log.lap("update")
 
+            if args.decay_steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.learning_rate * max(1 - first / args.decay_steps, 0.01)
             for _ in range(args.passes):
                 for rows in torch.randperm(len(x), device=device).chunk(args.minibatches):
                     # (4) the policy and its values learn

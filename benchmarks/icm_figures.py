@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mpc_rs_figures import curve, interval, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGE, LONG = 21, 400  # tiles a side, steps of an episode: in the default maze random moves leave too little to find
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "maze": (
         {
@@ -45,7 +46,7 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
         },
         3,
     ),
-    "alone": ({"curiosity alone": "maze --reward intrinsic --total-timesteps 500000"}, 5),
+    "alone": ({"curiosity alone": f"maze --reward intrinsic --maze-size {LARGE} --episode-limit {LONG}"}, 5),
     "tv": (
         {
             "ICM": "maze --noisy-tv",
@@ -72,10 +73,10 @@ class Args:
 
 
 def random_walk(seed: int, steps: list[int]) -> list[tuple[int, float]]:
-    """Tiles of the maze that random moves have visited until each of these steps of 64 environments together."""
+    """Tiles of the large maze that random moves have visited until each of these steps of 64 environments together."""
     spec = importlib.util.spec_from_file_location("icm", ROOT / "algos" / "icm.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    mazes, rng, done, points = module.CuriousMazes(64), np.random.default_rng(seed), 0, []
+    mazes, rng, done, points = module.CuriousMazes(64, LARGE, LONG), np.random.default_rng(seed), 0, []
     mazes.reset(seed=seed)
     seen = np.zeros(mazes.walls.shape, bool)
     for step in steps:

@@ -276,6 +276,7 @@ CASES = {
             ("--clip 0", "--clip"),
             ("--learning-rate 0", "--learning-rate"),
             ("--entropy -0.1", "--entropy"),
+            ("--decay-steps -1", "--decay-steps"),
             ("--joint --features random", "--joint"),
             ("--joint --reward extrinsic", "--joint"),
         ],

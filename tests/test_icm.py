@@ -479,6 +479,14 @@ class Paid(Counter):
         return obs, self.factor * (2 * reward - 1), *rest
 
 
+def test_step_size_falls(tmp_path):
+    """In a line, to a hundredth; at the last update of 800 steps 700 are taken."""
+    for decay, share in ((0, 1.0), (1_000, 0.3), (500, 0.01)):
+        run = helpers.run("icm", f"{TINY} --decay-steps {decay} --learning-rate 1e-3", tmp_path / str(decay))
+        (group,) = helpers.checkpoint(run)["optimisers"]["all"]["param_groups"]
+        assert group["lr"] == pytest.approx(1e-3 * share)
+
+
 def test_a_run_with_processes_is_the_run_without(tmp_path):
     runs = [trained(f"--env-id MountainCar-v0 {flags}", tmp_path / f"r{flags}") for flags in ("", "--processes")]
     assert helpers.differences(*runs) == []
