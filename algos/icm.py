@@ -39,10 +39,10 @@ Symbols (paper → this file):
     π → Agent                       λ → policy_weight
 
 Run (measured on 2 CPU cores; docs/icm.md has the curves):
-    python algos/icm.py
+    python algos/icm.py                                           # 5 minutes: the goal, 5 seeds of 5
     python algos/icm.py --reward extrinsic                        # PPO alone
     python algos/icm.py --reward intrinsic                        # curiosity alone
-    python algos/icm.py mountaincar
+    python algos/icm.py mountaincar                               # 3 minutes: −120, PPO alone −200
 
 Deviations from the paper and the official code:
   - PPO in place of A3C, and no LSTM: one process. The rewards and the bonuses have a value function each, and the
