@@ -52,7 +52,9 @@ Deviations from the paper and the official code:
   - φ(s) has the same length for all s (a layer norm without weights), and the forward model learns in each of PPO's
     passes. What it learns is the change, φ(s') − φ(s) (Burda et al.), and it begins with "nothing changes".
   - Bonuses are divided by the running deviation of their discounted sum (Burda et al.); η then changes nothing.
-    --no-normalize gives the paper's. Rewards whose sums are large are divided by their size.
+    --no-normalize gives the paper's. Rewards are counted from what random moves earn, and divided by the size of their
+    sums where that is above 1: nothing in them then hides the bonuses before there is something to find.
+  - Adam's step size falls in a line, as PPO's authors have it for games.
   - Observations get mean 0 and deviation 1, by what was seen so far (Burda et al.: by random steps).
   - An observation that is no image, or a small one, is read by two layers in place of the convolutions.
 """
