@@ -68,6 +68,8 @@ class Args:
     """Where the runs are kept."""
     seeds: int = 0
     """So many seeds; 0: as many as the page shows."""
+    first_seed: int = 1
+    """The first of them."""
     workers: int = max((os.cpu_count() or 2) // 2, 1)
     """Runs at a time, each with one thread."""
 
@@ -110,12 +112,12 @@ def film(one: Path, other: Path, path: Path) -> None:
 def main(args: Args) -> None:
     variants, seeds = EXPERIMENTS[args.name]
     seeds = args.seeds or seeds
-    folders = train_all("icm", variants, seeds, args.runs, args.workers)
+    folders = train_all("icm", variants, seeds, args.runs, args.workers, args.first_seed)
 
     measured = {label: {tag: [curve(x, tag) for x in folders[label]] for tag in TAGS} for label in variants}
     if args.name == "alone":
         steps = [step for step, _ in measured["curiosity alone"]["charts/places"][0]]
-        measured["random walk"] = {"charts/places": [random_walk(seed, steps) for seed in range(1, seeds + 1)]}
+        measured["random walk"] = {"charts/places": [random_walk(args.first_seed + number, steps) for number in range(seeds)]}
     shown = [tag for tag in ("charts/places", "eval/success_rate") if args.name != "alone" or tag == "charts/places"]
     if args.name == "mountaincar":
         shown[1] = "eval/episodic_return"
@@ -126,7 +128,7 @@ def main(args: Args) -> None:
     print("|-|-|-|-|-|-|")
     for label, curves in measured.items():
         for tag, points in curves.items():
-            rows += [[label, seed, tag, step, f"{y:.4f}"] for seed, one in enumerate(points, 1) for step, y in one]
+            rows += [[label, seed, tag, step, f"{y:.4f}"] for seed, one in enumerate(points, args.first_seed) for step, y in one]
             if tag in panels:
                 steps, values = [step for step, _ in points[0]], np.array([[y for _, y in one] for one in points])
                 means, halves = interval(values)

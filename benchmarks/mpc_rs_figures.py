@@ -86,13 +86,15 @@ def run(job: tuple[str, Path, list[str]]) -> None:
     clock.write_text(json.dumps({"seconds": time.perf_counter() - start, "resumed": begun}))
 
 
-def train_all(script: str, variants: dict[str, str], seeds: int, runs: Path, workers: int) -> dict[str, list[Path]]:
-    """Every variant (label → command line) with every seed: label → its finished run folders."""
+def train_all(
+    script: str, variants: dict[str, str], seeds: int, runs: Path, workers: int, first: int = 1
+) -> dict[str, list[Path]]:
+    """Every variant (label → command line) with every seed from `first` on: label → its finished run folders."""
     names = {label: re.sub(r"[^\w ]", "", flags).replace(" ", "_") for label, flags in variants.items()}
-    folders = {label: [runs / f"{name}_{seed}" for seed in range(1, seeds + 1)] for label, name in names.items()}
+    folders = {label: [runs / f"{name}_{seed}" for seed in range(first, first + seeds)] for label, name in names.items()}
     runs.mkdir(parents=True, exist_ok=True)
-    jobs = [(script, folders[label][seed - 1], [*flags.split(), "--seed", str(seed)])
-            for seed in range(1, seeds + 1) for label, flags in variants.items()]  # fmt: skip
+    jobs = [(script, folders[label][number], [*flags.split(), "--seed", str(first + number)])
+            for number in range(seeds) for label, flags in variants.items()]  # fmt: skip
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for number, _ in enumerate(pool.imap(run, jobs), 1):
             print(f"{number} of {len(jobs)} runs done", flush=True)
