@@ -549,7 +549,7 @@ def draw_curiosity(
         axes[0].imshow(to_picture(frames[best]))
         axes[0].set(xticks=[], yticks=[])
         axes[0].set_title(f"{'the largest' if bonuses else 'the last'}, at {best + 1}", fontsize=8)
-    figure.tight_layout(pad=0.5)
+    figure.tight_layout(pad=0.5, rect=(0, 0, 1, 0.92))  # the title's room
     return figure_to_array(figure)
 
 

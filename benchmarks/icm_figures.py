@@ -28,6 +28,7 @@ from mpc_rs_figures import curve, interval, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE, LONG = 21, 400  # tiles a side, steps of an episode: in the default maze random moves leave too little to find
+MORE = "--total-timesteps 2_500_000 --decay-steps 2_500_000"
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "maze": (
         {
@@ -46,11 +47,13 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
         },
         3,
     ),
-    "alone": ({"curiosity alone": f"maze --reward intrinsic --maze-size {LARGE} --episode-limit {LONG}"}, 5),
+    "alone": (
+        {"curiosity alone": f"maze --reward intrinsic --maze-size {LARGE} --episode-limit {LONG} {MORE}"},
+        5,
+    ),
     "tv": (
         {
             "ICM": "maze --noisy-tv",
-            "random features": "maze --noisy-tv --features random",
             "pixels": "maze --noisy-tv --features pixels",
         },
         3,
@@ -100,11 +103,13 @@ def at_the_end(curves: Optional[list]) -> str:
 
 
 def film(one: Path, other: Path, path: Path) -> None:
-    """The maps of visits in two runs, one above the other, as they were at the same steps."""
+    """The pictures of two runs, one above the other, as they were at the same steps."""
     frames = []
     for frame in sorted((one / "frames").glob("*.png")):
         if (other / "frames" / frame.name).exists():
-            rows = [np.asarray(Image.open(folder / "frames" / frame.name))[:, :435] for folder in (one, other)]
+            rows = [np.asarray(Image.open(folder / "frames" / frame.name)) for folder in (one, other)]
+            width = max(row.shape[1] for row in rows)
+            rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
             frames.append(Image.fromarray(np.concatenate(rows)))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
@@ -117,7 +122,8 @@ def main(args: Args) -> None:
     measured = {label: {tag: [curve(x, tag) for x in folders[label]] for tag in TAGS} for label in variants}
     if args.name == "alone":
         steps = [step for step, _ in measured["curiosity alone"]["charts/places"][0]]
-        measured["random walk"] = {"charts/places": [random_walk(args.first_seed + number, steps) for number in range(seeds)]}
+        walks = [random_walk(seed, steps) for seed in range(args.first_seed, args.first_seed + seeds)]
+        measured["random walk"] = {"charts/places": walks}
     shown = [tag for tag in ("charts/places", "eval/success_rate") if args.name != "alone" or tag == "charts/places"]
     if args.name == "mountaincar":
         shown[1] = "eval/episodic_return"
@@ -128,7 +134,8 @@ def main(args: Args) -> None:
     print("|-|-|-|-|-|-|")
     for label, curves in measured.items():
         for tag, points in curves.items():
-            rows += [[label, seed, tag, step, f"{y:.4f}"] for seed, one in enumerate(points, args.first_seed) for step, y in one]
+            for seed, one in enumerate(points, args.first_seed):
+                rows += [[label, seed, tag, step, f"{y:.4f}"] for step, y in one]
             if tag in panels:
                 steps, values = [step for step, _ in points[0]], np.array([[y for _, y in one] for one in points])
                 means, halves = interval(values)

@@ -91,7 +91,8 @@ def train_all(
 ) -> dict[str, list[Path]]:
     """Every variant (label → command line) with every seed from `first` on: label → its finished run folders."""
     names = {label: re.sub(r"[^\w ]", "", flags).replace(" ", "_") for label, flags in variants.items()}
-    folders = {label: [runs / f"{name}_{seed}" for seed in range(first, first + seeds)] for label, name in names.items()}
+    numbers = range(first, first + seeds)
+    folders = {label: [runs / f"{name}_{seed}" for seed in numbers] for label, name in names.items()}
     runs.mkdir(parents=True, exist_ok=True)
     jobs = [(script, folders[label][number], [*flags.split(), "--seed", str(first + number)])
             for number in range(seeds) for label, flags in variants.items()]  # fmt: skip

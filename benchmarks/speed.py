@@ -24,8 +24,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+import dreamer_v1
 import dyna_q
 import icm
 import mage
@@ -490,6 +492,67 @@ def icm_rates(rounds: int) -> list[tuple[str, str, float]]:
     return [(name, "steps/s", rate) for name, rate in best_rates(variants, min(rounds, 10)).items()]
 
 
+# ── dreamer_v1: updates ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def step_by_step(world: dreamer_v1.WorldModel, batch: dreamer_v1.Sequences, args: dreamer_v1.Args) -> torch.Tensor:
+    """The world model's loss as one would first write it: each time goes through all layers by itself."""
+    (h, z), rssm, losses = world.rssm.start(len(batch.obs)), world.rssm, []
+    for t in range(batch.obs.shape[1]):
+        x, one = world.see(batch.obs[:, t : t + 1]), batch.action[:, t : t + 1]
+        state = rssm.observe(world.encode(x), one, (h, z))
+        h, z, features = state.h[:, 0], state.z[:, 0], state.features()
+        image = 0.5 * ((world.decode(features) - x) / args.decoder_std).square().sum()
+        reward = 0.5 * (world.rewards(features) - args.reward_scale * batch.reward[:, t : t + 1]).square().sum()
+        kl = dreamer_v1.gaussian_kl((state.mean, state.std), rssm.prior(state.h)).sum()
+        losses.append((image + reward, kl))
+    fit, kl = (sum(x) / batch.reward.numel() for x in zip(*losses, strict=True))
+    return fit + args.kl_scale * kl.clamp(min=args.free_nats)
+
+
+def dreamer_v1_rates(rounds: int) -> list[tuple[str, str, float]]:
+    """An update and its parts in the default preset; at the paper's sizes, where there is time for it."""
+    rows, cpu = [], torch.device("cpu")
+    for name, args in (("", next(iter(dreamer_v1.PRESETS.values()))[1]), (", the paper's sizes", dreamer_v1.RELEASED)):
+        if name and rounds == 1:
+            break
+        env = dreamer_v1.make_task(replace(args, env_id="Pendulum-v1", action_repeat=1))
+        dreamer, shape = dreamer_v1.Dreamer(args, env, cpu), (args.batch_size, args.batch_length)
+        obs = torch.randint(256, (*shape, *env.observation_space.shape), dtype=torch.uint8)
+        over = torch.zeros(shape, dtype=torch.bool)
+        batch = dreamer_v1.Sequences(obs, torch.rand(*shape, 1), torch.rand(shape), over, torch.ones(shape))
+        networks = dreamer.world, dreamer.actor, dreamer.value
+
+        def model(args=args, dreamer=dreamer, batch=batch) -> dreamer_v1.State:
+            loss, states, _ = dreamer_v1.world_model_loss(dreamer.world, batch, args)
+            dreamer.gradient("world", loss)
+            return states
+
+        def plain(args=args, dreamer=dreamer, batch=batch) -> None:
+            dreamer.gradient("world", step_by_step(dreamer.world, batch, args))
+
+        def behaviour(states, args=args, dreamer=dreamer, batch=batch, networks=networks) -> None:
+            actor, value, _ = dreamer_v1.behaviour_losses(*networks, states, batch.mask, args)
+            dreamer.gradient("value", value, keep=True)
+            dreamer.gradient("actor", actor)
+
+        def update(model=model, behaviour=behaviour, dreamer=dreamer) -> None:
+            behaviour(model())
+            dreamer.step()
+
+        with FlopCounterMode(display=False) as counter:
+            update()
+        states = dreamer_v1.State(*(x.detach() for x in model()))
+        calls = {"update": update, "the world model's part": model}
+        if not name:
+            calls["(the world model's, time by time)"] = plain
+            calls["the behaviour's part"] = functools.partial(behaviour, states)
+        best = best_rates({what: (call, 1) for what, call in calls.items()}, min(rounds, 2 if name else 10))
+        rows += [(what + name, "updates/s", rate) for what, rate in best.items()]
+        rows.append(("update" + name, "GFLOP/s", best["update"] * counter.get_total_flops() / 1e9))
+    return rows
+
+
 Row = tuple[str, str, float]  # what, unit, rate
 MEASURED: dict[str, Callable[[int], list[Row]]] = {
     "matrix product": lambda rounds: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
@@ -500,6 +563,7 @@ MEASURED: dict[str, Callable[[int], list[Row]]] = {
     "mage": mage_rates,
     "vin": vin_rates,
     "icm": icm_rates,
+    "dreamer_v1": dreamer_v1_rates,
 }
 
 

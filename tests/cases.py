@@ -6,6 +6,7 @@ quick     flags under which a run takes a second or two and every optimiser step
 options   a preset or none, and flags that change the code path; each runs with the quick flags too
 resume    presets or options for which stop and resume is shown too: each kind of state that a checkpoint holds
 bad       flags of a user's mistake, and a word that the one sentence must hold
+optional  presets that need a package which is not among the requirements
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ class Case:
     options: list[str] = field(default_factory=list)
     resume: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    optional: dict[str, str] = field(default_factory=dict)
 
 
 CASES = {
@@ -280,5 +282,46 @@ CASES = {
             ("--joint --features random", "--joint"),
             ("--joint --reward extrinsic", "--joint"),
         ],
+    ),
+    "dreamer_v1": Case(
+        quick="--total-timesteps 500 --obs vector --action-repeat 1 --random-steps 200 --train-every 25 --pretrain 2 "
+        "--batch-size 4 --batch-length 8 --horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 "
+        "--dense-units 8 --free-nats 0 --image-size 32 --log-every 50 --eval-every 200 --eval-episodes 3 "
+        "--eval-max-steps 10 --picture-every 200",
+        options=[
+            "pendulum-pixels --obs pixels --capture-video",
+            "cartpole-pixels --obs pixels --free-each --decoder-std 1",
+            "pendulum --bf16 --ends",
+            "pendulum --action-repeat 2 --total-timesteps 1000 --random-steps 400",
+            "--env-id HalfCheetah-v5 --obs pixels --image-size 64 --action-repeat 8 --total-timesteps 9600 "
+            "--random-steps 8000 --train-every 400 --log-every 400 --picture-every 4000 --eval-every 4800",
+            "--env-id MountainCar-v0",
+        ],
+        resume=[
+            "pendulum-pixels --obs pixels",
+            "cartpole-pixels",
+        ],
+        bad=[
+            ("--env-id FrozenLake-v1", "--obs pixels"),
+            ("--env-id CliffWalking-v1", "--obs pixels"),
+            ("--image-size 48", "--image-size"),
+            ("--horizon 1", "--horizon"),
+            ("--horizon 0", "--horizon"),
+            ("--batch-length 1", "--batch-length"),
+            ("--batch-size 0", "--batch-size"),
+            ("--train-every 0", "--train-every"),
+            ("--updates 0", "--updates"),
+            ("--pretrain -1", "--pretrain"),
+            ("--action-repeat 0", "--action-repeat"),
+            ("--gamma 1", "--gamma"),
+            ("--return-lambda 1.1", "--return-lambda"),
+            ("--free-nats -1", "--free-nats"),
+            ("--decoder-std 0", "--decoder-std"),
+            ("--reward-scale 0", "--reward-scale"),
+            ("--world-learning-rate 0", "--world-learning-rate"),
+            ("--exploration -0.1", "--exploration"),
+            ("--deter-size 0", "--deter-size"),
+        ],
+        optional={"walker": "dm_control", "cheetah": "dm_control", "cartpole-swingup": "dm_control"},
     ),
 }

@@ -240,6 +240,36 @@ def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     assert runner.random_walk(1, [640, 6_400])[0][1] < runner.random_walk(1, [640, 6_400])[1][1]
 
 
+def test_the_dreamers_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_figures.py")
+    (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
+    writes_into(tmp_path, runner, monkeypatch)
+    flags = "--obs vector --total-timesteps 1000 --random-steps 200 --train-every 50 --pretrain 2 --batch-size 4 "
+    flags += "--batch-length 8 --horizon 3 --eval-every 200 --eval-max-steps 20 --picture-every 0 --log-every 200"
+    runner.main(runner.Args("pendulum", tmp_path / "runs", flags, seeds=2, first_seed=5, workers=1))
+    table = capsys.readouterr().out
+    made = (tmp_path / "benchmarks/results/dreamer_v1_pendulum.csv").read_text().splitlines()
+    last = [float(row.split(",")[3]) for row in made if row.split(",")[1:3] == ["eval/episodic_return", "1000"]]
+    row = next(row for row in table.splitlines() if row.startswith("| seed 5 |"))
+    assert row.split(" | ")[4] == f"{last[0]:.1f}"
+    assert len(last) == 2 and f"{np.mean(last):.0f} ± " in table
+    assert (tmp_path / "docs/figures/dreamer_v1_pendulum.png").stat().st_size > 5_000
+
+
+def test_what_the_dreamers_speed_is_compared_with_does_the_same():
+    """Time by time, and all times at once: the same loss, with the same noise."""
+    block = speed.dreamer_v1
+    args = block.Args(deter_size=8, stoch_size=4, units=8, dense_units=8, depth=2, free_nats=0.0)
+    world = block.Dreamer(args, block.make_task(args), torch.device("cpu")).world
+    obs = torch.randint(256, (3, 5, 3, 32, 32), dtype=torch.uint8)
+    over = torch.zeros(3, 5, dtype=torch.bool)
+    batch = block.Sequences(obs, torch.rand(3, 5, 1), torch.rand(3, 5), over, torch.ones(3, 5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block.torch, "randn", lambda *shape, **_: torch.full(shape, 0.3))
+        both = [block.world_model_loss(world, batch, args)[0], speed.step_by_step(world, batch, args)]
+    torch.testing.assert_close(*both)
+
+
 def test_the_public_codes_update_is_the_fast_one(monkeypatch):
     """What the speed table compares does the same thing: the same members for the same rows, no noise."""
     mage, n = speed.mage, 16

@@ -43,6 +43,7 @@ A = "algos/dyna_q.py"
 BREAKS = [
     (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom pets import plan\n")),
     (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom . import pets\n")),
+    (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom dm_control import suite\n")),
     (house.imports_are_declared, swap(A, '#     "tyro>=1.0,<2",\n', "")),
     (house.imports_are_declared, swap(A, '#     "tyro>=1.0,<2",\n', '#     "tyro>=1.0,<2",\n#     "numba",\n')),
     (house.imports_are_declared, swap(A, "import heapq\n", "import importlib\nimportlib.import_module('pets')\n")),

@@ -1,5 +1,6 @@
 """What every script of algos/ promises its user, for each file in tests/cases.py."""
 
+import importlib.util
 import json
 import math
 import random
@@ -70,6 +71,7 @@ PRESETS = [  # those beyond the first in the slower tier
     pytest.param(name, preset, marks=[pytest.mark.learning] if number else [])
     for name in NAMES
     for number, preset in enumerate(helpers.module(name).PRESETS)
+    if not (package := CASES[name].optional.get(preset)) or importlib.util.find_spec(package)
 ]
 OPTIONS = [(name, flags) for name in NAMES for flags in CASES[name].options]
 
@@ -250,7 +252,11 @@ def test_cut_inside_an_episode_resumes_too(name, tmp_path, monkeypatch):
     helpers.run(name, f"--resume {tmp_path / 'run'} --total-timesteps {cut['step'] + 300}")
     after = helpers.checkpoint(tmp_path / "run")
     assert after["step"] == cut["step"] + 300
-    if "replay" in after:  # its columns: obs, action, reward, next_obs, terminated, truncated
+    if isinstance(cut.get("replay", {}).get("columns"), dict):  # sequences: the last row of the part that was cut
+        rows = cut["replay"]["size"]
+        assert not cut["replay"]["columns"]["last"][rows - 1]
+        assert after["replay"]["columns"]["last"][rows - 1] and not after["replay"]["columns"]["terminated"][rows - 1]
+    elif "replay" in after:  # its columns: obs, action, reward, next_obs, terminated, truncated
         assert not cut["replay"]["columns"][5][cut["step"] - 1]
         assert after["replay"]["columns"][5][cut["step"] - 1]
 
