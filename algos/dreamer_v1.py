@@ -49,7 +49,7 @@ Run (measured on 2 CPU cores; docs/dreamer_v1.md has the curves):
     python algos/dreamer_v1.py
     python algos/dreamer_v1.py pendulum                       # from numbers in place of images
     python algos/dreamer_v1.py walker --device cuda           # DeepMind control, needs the package dm_control
-    python algos/dreamer_v1.py --env-id CartPole-v1 --ends    # an episode's end is learned too
+    python algos/dreamer_v1.py cartpole-pixels                # an episode's end is foreseen too
 
 Deviations from the paper and the official code:
   - The last row of an episode is drawn too (the code's random start leaves it out), and no dream begins in a terminal

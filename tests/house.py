@@ -6,6 +6,7 @@ repository, and on scratch copies in which each rule is broken, to see that it b
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import io
 import itertools
@@ -14,6 +15,9 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
+
+import tyro
 
 # Definitions that say what an algorithm is, and so differ between files by design. All others of one name are copies.
 OWN = {"Args", "train", "check_settings", "load_policy", "make_task"}
@@ -44,8 +48,11 @@ def pages(root: Path) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
+parsed = functools.cache(ast.parse)  # of a text: the scratch copies hold the same ones again and again
+
+
 def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    return parsed(path.read_text())
 
 
 def definitions(path: Path) -> dict[str, ast.AST]:
@@ -208,23 +215,31 @@ def commands_parse(root: Path) -> list[str]:
     found = [(path.name, *match) for path in sources for match in COMMAND.findall(path.read_text())]
     if not found:
         return ["no command is shown anywhere"]
-    import tyro
-
     for where, script, flags in found:
         if not (root / script).is_file():
             wrong.append(f"{where} shows {script}, which is not there")
             continue
-        module, argv = load(root / script), shlex.split(flags)
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                if hasattr(module, "PRESETS"):
-                    module.command_line(argv, module.PRESETS)
-                else:
-                    tyro.cli(module.Args, args=argv)
-            except SystemExit as error:
-                if error.code:  # --help leaves with 0
-                    wrong.append(f"{where} shows a command that does not parse: {script}{flags}")
+        known = (script, (root / script).read_text(), flags)
+        if known not in PARSES:
+            PARSES[known] = parses(load(root / script), shlex.split(flags))
+        if not PARSES[known]:
+            wrong.append(f"{where} shows a command that does not parse: {script}{flags}")
     return wrong
+
+
+PARSES: dict[tuple, bool] = {}  # script, its text, flags → whether they go together
+
+
+def parses(module: ModuleType, argv: list[str]) -> bool:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            if hasattr(module, "PRESETS"):
+                module.command_line(argv, module.PRESETS)
+            else:
+                tyro.cli(module.Args, args=argv)
+        except SystemExit as error:
+            return not error.code  # --help leaves with 0
+    return True
 
 
 def links_lead_somewhere(root: Path) -> list[str]:
