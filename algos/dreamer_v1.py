@@ -64,8 +64,8 @@ Deviations from the paper and the official code:
   - Discrete actions explore with a constant share of random ones; the code's falls from 0.4 to 0.1, and with its games
     come other settings (β = 0.1, H = 10, tanh of rewards), which no preset here has.
   - The small presets have smaller networks, larger step sizes, images of 32 × 32, more updates for each step, rewards
-    times --reward-scale, and one free nat: with three there is room to read an angle anew from each picture, and the
-    speed is never learned. Fewer pixels, or a few numbers, would hardly be worth their KL: --decoder-std makes up for
+    times --reward-scale, and one free nat: with three there is room to read an angle anew from each picture, and little
+    need of its speed. Fewer pixels, or a few numbers, would hardly be worth their KL: --decoder-std makes up for
     that. A vector is read and decoded by dense layers, with mean 0 and deviation 1 in the random steps.
 """
 

@@ -39,7 +39,7 @@ Symbols (paper → this file):
     π → Agent                       λ → policy_weight
 
 Run (measured on 2 CPU cores; docs/icm.md has the curves):
-    python algos/icm.py                                           # 5 minutes: the goal, 5 seeds of 5
+    python algos/icm.py                                           # 4 minutes: the goal, 10 seeds of 10
     python algos/icm.py --reward extrinsic                        # PPO alone
     python algos/icm.py --reward intrinsic                        # curiosity alone
     python algos/icm.py mountaincar                               # 3 minutes: −120, PPO alone −200

@@ -289,12 +289,11 @@ CASES = {
         "--dense-units 8 --free-nats 0 --image-size 32 --log-every 50 --eval-every 200 --eval-episodes 3 "
         "--eval-max-steps 10 --picture-every 200",
         options=[
-            "pendulum-pixels --obs pixels --capture-video",
-            "cartpole-pixels --obs pixels --free-each --decoder-std 1",
+            "pendulum-pixels --obs pixels --action-repeat 4 --capture-video",
+            "cartpole-pixels --obs pixels --free-each --decoder-std 1 --total-timesteps 300 --random-steps 100",
             "pendulum --bf16 --ends",
-            "pendulum --action-repeat 2 --total-timesteps 1000 --random-steps 400",
-            "--env-id HalfCheetah-v5 --obs pixels --image-size 64 --action-repeat 8 --total-timesteps 9600 "
-            "--random-steps 8000 --train-every 400 --log-every 400 --picture-every 4000 --eval-every 4800",
+            "--env-id HalfCheetah-v5 --obs pixels --image-size 64 --action-repeat 20 --total-timesteps 3000 "
+            "--random-steps 1000 --train-every 200 --log-every 200 --picture-every 1000 --eval-every 1000",
             "--env-id MountainCar-v0",
         ],
         resume=[
