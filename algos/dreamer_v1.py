@@ -46,8 +46,8 @@ Symbols (paper → this file):
     B, L → batch_size, batch_length                 C updates → updates, every train_every steps
 
 Run (measured on 2 CPU cores; docs/dreamer_v1.md has the curves):
-    python algos/dreamer_v1.py
-    python algos/dreamer_v1.py pendulum                       # from numbers in place of images
+    python algos/dreamer_v1.py                                # 16 minutes: −169, 3 seeds (−96, −149, −262)
+    python algos/dreamer_v1.py pendulum                       # 9 minutes, from numbers: −124, 3 seeds
     python algos/dreamer_v1.py walker --device cuda           # DeepMind control, needs the package dm_control
     python algos/dreamer_v1.py cartpole-pixels                # an episode's end is foreseen too
 

@@ -7,6 +7,7 @@ options   a preset or none, and flags that change the code path; each runs with 
 resume    presets or options for which stop and resume is shown too: each kind of state that a checkpoint holds
 bad       flags of a user's mistake, and a word that the one sentence must hold
 optional  presets that need a package which is not among the requirements
+presets   flags that a preset needs beside the quick ones, where its episodes are too long for them
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ class Case:
     resume: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     optional: dict[str, str] = field(default_factory=dict)
+    presets: dict[str, str] = field(default_factory=dict)
 
 
 CASES = {
@@ -322,5 +324,6 @@ CASES = {
             ("--deter-size 0", "--deter-size"),
         ],
         optional={"walker": "dm_control", "cheetah": "dm_control", "cartpole-swingup": "dm_control"},
+        presets={"halfcheetah": "--action-repeat 10 --total-timesteps 3000 --random-steps 1000"},
     ),
 }

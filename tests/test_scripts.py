@@ -68,7 +68,8 @@ def started_only(name, flags, folder):
 
 
 PRESETS = [  # those beyond the first in the slower tier
-    pytest.param(name, preset, marks=[pytest.mark.learning] if number else [])
+    pytest.param(name, f"{preset} {CASES[name].presets.get(preset, '')}".strip(),
+                 marks=[pytest.mark.learning] if number else [])
     for name in NAMES
     for number, preset in enumerate(helpers.module(name).PRESETS)
     if not (package := CASES[name].optional.get(preset)) or importlib.util.find_spec(package)
