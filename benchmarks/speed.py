@@ -513,7 +513,9 @@ def step_by_step(world: dreamer_v1.WorldModel, batch: dreamer_v1.Sequences, args
 def dreamer_v1_rates(rounds: int) -> list[tuple[str, str, float]]:
     """An update and its parts in the default preset; at the paper's sizes, where there is time for it."""
     rows, cpu = [], torch.device("cpu")
-    for name, args in (("", next(iter(dreamer_v1.PRESETS.values()))[1]), (", the paper's sizes", dreamer_v1.RELEASED)):
+    paper = dreamer_v1.RELEASED
+    variants = {"": next(iter(dreamer_v1.PRESETS.values()))[1], ", the paper's sizes": paper}
+    for name, args in (variants | {", the paper's sizes in bfloat16": replace(paper, bf16=True)}).items():
         if name and rounds == 1:
             break
         env = dreamer_v1.make_task(replace(args, env_id="Pendulum-v1", action_repeat=1))
@@ -524,7 +526,8 @@ def dreamer_v1_rates(rounds: int) -> list[tuple[str, str, float]]:
         networks = dreamer.world, dreamer.actor, dreamer.value
 
         def model(args=args, dreamer=dreamer, batch=batch) -> dreamer_v1.State:
-            loss, states, _ = dreamer_v1.world_model_loss(dreamer.world, batch, args)
+            with dreamer.precision():
+                loss, states, _ = dreamer_v1.world_model_loss(dreamer.world, batch, args)
             dreamer.gradient("world", loss)
             return states
 
@@ -532,7 +535,8 @@ def dreamer_v1_rates(rounds: int) -> list[tuple[str, str, float]]:
             dreamer.gradient("world", step_by_step(dreamer.world, batch, args))
 
         def behaviour(states, args=args, dreamer=dreamer, batch=batch, networks=networks) -> None:
-            actor, value, _ = dreamer_v1.behaviour_losses(*networks, states, batch.mask, args)
+            with dreamer.precision():
+                actor, value, _ = dreamer_v1.behaviour_losses(*networks, states, batch.mask, args)
             dreamer.gradient("value", value, keep=True)
             dreamer.gradient("actor", actor)
 
