@@ -112,15 +112,17 @@ class Args:
     """Each action is taken so many times, and the rewards are added up. Steps are the environment's."""
     tanh_rewards: bool = False
     """Learn tanh of each reward; scores are told as they are."""
+    time_limit: int = 0
+    """Cut episodes after so many actions; 0: the environment's own limit alone."""
     total_timesteps: int = 20_000
     """Environment steps in all, those of random actions included."""
-    random_steps: int = 500
+    random_steps: int = 1_000
     """So many of them take uniformly random actions first."""
     train_every: int = 2
     """Learn every this many environment steps."""
     updates: int = 1
     """Updates each time."""
-    pretrain: int = 100
+    pretrain: int = 200
     """Updates when learning begins."""
     batch_size: int = 16
     """B: sequences in a batch."""
@@ -176,16 +178,16 @@ class Args:
     """How the policy learns: from how its actions fared, by the gradient through the dream as in V1, or by both."""
     reinforce_share: float = 0.9
     """ρ: share of the first, where it is both."""
-    entropy_scale: float = 1e-3
+    entropy_scale: float = 1e-2
     """η: reward for the policy's entropy."""
     slow_every: int = 100
     """The slow value, which the returns are built on, becomes a copy of the value after the first update and then
     every so many."""
     world_learning_rate: float = 1e-3
     """Adam's step size for the world model."""
-    actor_learning_rate: float = 3e-4
+    actor_learning_rate: float = 1e-3
     """For the policy."""
-    value_learning_rate: float = 3e-4
+    value_learning_rate: float = 1e-3
     """For the value."""
     adam_epsilon: float = 1e-5
     """Adam's ε."""
@@ -235,7 +237,7 @@ class Args:
 
 RELEASED = Args(  # the released code's, for DeepMind control
     image_size=64, action_repeat=2, total_timesteps=1_000_000, random_steps=2_000, train_every=10,
-    batch_size=16, batch_length=50, replay_size=2_000_000, horizon=15, ends=False, kl_scale=1.0, free_nats=1.0,
+    batch_size=16, batch_length=50, pretrain=100, replay_size=2_000_000, horizon=15, ends=False, kl_scale=1.0, free_nats=1.0,
     deter_size=200, stoch_size=32, classes=32, units=200, depth=48, dense_units=400,
     reward_layers=4, value_layers=4, actor_layers=4, actor_gradient="dynamics", entropy_scale=1e-4,
     world_learning_rate=3e-4, actor_learning_rate=8e-5, value_learning_rate=8e-5, log_every=5_000, eval_every=10_000,
@@ -891,6 +893,16 @@ def dream_film(truth: np.ndarray, believed: np.ndarray) -> list[np.ndarray]:
     return list(frames if frames.shape[-1] == 3 else frames.repeat(3, -1))
 
 
+@torch.no_grad()
+def draw_codes(world: WorldModelV2, batch: "Sequences") -> np.ndarray:
+    """The chances of z along the first sequence, up to 12 steps side by side: a row for each variable, a column for
+    each class, bright what is likely."""
+    stats = world.rssm.observe(world.encode(world.see(batch.obs[:1])), batch.action[:1]).stats[0]
+    chances = stats[torch.linspace(0, len(stats) - 1, min(12, len(stats))).round().long()].softmax(-1)
+    tiles = F.pad(255 * chances, (1, 1, 1, 1), value=96).byte()  # [12, G, C], framed
+    return torch.cat(list(tiles), 1).cpu().numpy().repeat(4, 0).repeat(4, 1)
+
+
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -902,7 +914,7 @@ def check_settings(args: Args) -> None:
         (1, ("classes", "slow_every")),
         (1, ("units", "depth", "dense_units", "reward_layers", "value_layers", "actor_layers")),
         (2, ("batch_length", "horizon", "replay_size")),  # the last dreamed state has no return of its own
-        (0, ("pretrain",)),
+        (0, ("pretrain", "time_limit")),
     ):
         for name in names:
             if getattr(args, name) < least:
@@ -962,7 +974,7 @@ def train(args: Args) -> Path:
     if args.total_timesteps <= args.random_steps:
         print(f"nothing will be learned: the first {args.random_steps:,} steps are random (--random-steps)")
     log = RunLog(args, run_dir, checkpoint)
-    for film in run_dir.glob("dreams/step_*"):
+    for film in [*run_dir.glob("dreams/step_*"), *run_dir.glob("codes/step_*")]:
         if int(film.stem.removeprefix("step_")) > step:  # of steps that are taken again
             film.unlink()
 
@@ -991,6 +1003,9 @@ def train(args: Args) -> Path:
         if dreamer.world.images:
             truth, believed = ((x + 0.5).clip(0, 1).transpose(0, 1, 3, 4, 2) for x in (truth, believed))
             save_gif(dream_film(truth, believed), run_dir / "dreams" / f"step_{step:08d}.gif")
+        if dreamer.world.rssm.categorical:
+            (run_dir / "codes").mkdir(exist_ok=True)
+            Image.fromarray(draw_codes(dreamer.world, batch)).save(run_dir / "codes" / f"step_{step:08d}.png")
         rewards = (x[0].cpu().numpy() for x in (batch.reward, expected))
         log.picture(step, draw_dream(truth[0], believed[0], *rewards, context, f"{args.env_id}: step {step:,}"))
         set_random_states(before)
@@ -1310,6 +1325,8 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
             stop(f"the observations of {args.env_id} are {observations}, no vector of numbers: use --obs pixels")
         if observations.dtype != np.float32:
             env = gym.wrappers.DtypeObservation(env, np.float32)
+    if args.time_limit:
+        env = gym.wrappers.TimeLimit(env, args.time_limit)
     if draws:  # what can't be drawn shows here, not after an hour of training
         try:
             env.reset()
@@ -1440,9 +1457,7 @@ class RingReplay(SequenceReplay):
     def wrap(self) -> None:
         """An episode lies in one piece: the one under way moves to the beginning."""
         rows = self.size - self.open_from
-        if 4 * rows > len(self.obs):
-            stop(f"--replay-size {self.keep:,} is too small for episodes of {rows:,} rows")
-        while self.starts[0] < rows:
+        while not self.starts or self.starts[0] < rows:
             self.forget()
         for column in (self.obs, *self.columns.values()):
             column[:rows] = column[self.open_from : self.size]
@@ -1454,6 +1469,9 @@ class RingReplay(SequenceReplay):
             self.forget()
 
     def forget(self) -> None:
+        if len(self.starts) < 2:
+            rows = self.size - self.open_from
+            stop(f"--replay-size {self.keep:,} is too small: an episode of {rows:,} rows leaves room for no other")
         self.starts.pop(0), self.lengths.pop(0)
 
     def state_dict(self) -> dict:

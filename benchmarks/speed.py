@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import dreamer_v1
+import dreamer_v2
 import dyna_q
 import icm
 import mage
@@ -557,6 +558,46 @@ def dreamer_v1_rates(rounds: int) -> list[tuple[str, str, float]]:
     return rows
 
 
+def dreamer_v2_rates(rounds: int) -> list[tuple[str, str, float]]:
+    """An update and its parts in the default preset; at the released sizes for Atari, where there is time for it."""
+    rows, cpu = [], torch.device("cpu")
+    atari = dreamer_v2.PRESETS["pong"][1]
+    for name, args in (("", next(iter(dreamer_v2.PRESETS.values()))[1]), (", the released sizes", atari)):
+        if name and rounds == 1:
+            break
+        env = dreamer_v2.make_task(args)
+        dreamer, shape = dreamer_v2.DreamerV2(args, env, cpu), (args.batch_size, args.batch_length)
+        obs = torch.randint(256, (*shape, *env.observation_space.shape), dtype=torch.uint8)
+        over, action = torch.zeros(shape, dtype=torch.bool), torch.rand(*shape, dreamer.actions)
+        batch = dreamer_v2.Sequences(obs, action, torch.rand(shape), over, torch.ones(shape))
+        networks = dreamer.world, dreamer.actor, dreamer.value, dreamer.slow_value
+
+        def model(args=args, dreamer=dreamer, batch=batch) -> dreamer_v2.DiscreteState:
+            loss, states, _ = dreamer_v2.world_model_loss_v2(dreamer.world, batch, args)
+            dreamer.gradient("world", loss)
+            return states
+
+        def behaviour(states, args=args, dreamer=dreamer, batch=batch, networks=networks) -> None:
+            actor, value, _ = dreamer_v2.behaviour_losses_v2(*networks, states, batch, args)
+            dreamer.gradient("value", value)
+            dreamer.gradient("actor", actor)
+
+        def update(model=model, behaviour=behaviour, dreamer=dreamer) -> None:
+            behaviour(model())
+            dreamer.step()
+
+        with FlopCounterMode(display=False) as counter:
+            update()
+        states = dreamer_v2.DiscreteState(*(x.detach() for x in model()))
+        calls = {"update": update, "the world model's part": model}
+        if not name:
+            calls["the behaviour's part"] = functools.partial(behaviour, states)
+        best = best_rates({what: (call, 1) for what, call in calls.items()}, min(rounds, 2 if name else 10))
+        rows += [(what + name, "updates/s", rate) for what, rate in best.items()]
+        rows.append(("update" + name, "GFLOP/s", best["update"] * counter.get_total_flops() / 1e9))
+    return rows
+
+
 Row = tuple[str, str, float]  # what, unit, rate
 MEASURED: dict[str, Callable[[int], list[Row]]] = {
     "matrix product": lambda rounds: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
@@ -568,6 +609,7 @@ MEASURED: dict[str, Callable[[int], list[Row]]] = {
     "vin": vin_rates,
     "icm": icm_rates,
     "dreamer_v1": dreamer_v1_rates,
+    "dreamer_v2": dreamer_v2_rates,
 }
 
 
