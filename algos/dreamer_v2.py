@@ -237,8 +237,8 @@ class Args:
 
 RELEASED = Args(  # the released code's, for DeepMind control
     image_size=64, action_repeat=2, total_timesteps=1_000_000, random_steps=2_000, train_every=10,
-    batch_size=16, batch_length=50, pretrain=100, replay_size=2_000_000, horizon=15, ends=False, kl_scale=1.0, free_nats=1.0,
-    deter_size=200, stoch_size=32, classes=32, units=200, depth=48, dense_units=400,
+    batch_size=16, batch_length=50, pretrain=100, replay_size=2_000_000, horizon=15, ends=False,
+    kl_scale=1.0, free_nats=1.0, deter_size=200, stoch_size=32, classes=32, units=200, depth=48, dense_units=400,
     reward_layers=4, value_layers=4, actor_layers=4, actor_gradient="dynamics", entropy_scale=1e-4,
     world_learning_rate=3e-4, actor_learning_rate=8e-5, value_learning_rate=8e-5, log_every=5_000, eval_every=10_000,
     picture_every=50_000, checkpoint_every=50_000,
