@@ -114,15 +114,15 @@ class Args:
     """Learn tanh of each reward; scores are told as they are."""
     time_limit: int = 0
     """Cut episodes after so many actions; 0: the environment's own limit alone."""
-    total_timesteps: int = 20_000
+    total_timesteps: int = 12_000
     """Environment steps in all, those of random actions included."""
-    random_steps: int = 1_000
+    random_steps: int = 2_000
     """So many of them take uniformly random actions first."""
     train_every: int = 2
     """Learn every this many environment steps."""
     updates: int = 1
     """Updates each time."""
-    pretrain: int = 200
+    pretrain: int = 500
     """Updates when learning begins."""
     batch_size: int = 16
     """B: sequences in a batch."""
@@ -142,7 +142,7 @@ class Args:
     """Learn where episodes end: a head foresees the discount, γ or 0. Else it is γ everywhere."""
     ends_scale: float = 5.0
     """Weight of that head's loss."""
-    kl_scale: float = 0.1
+    kl_scale: float = 1.0
     """β: weight of the KL divergence between posterior and prior."""
     kl_balance: float = 0.8
     """α: share of the KL's gradient that goes to the prior; 0.5: no balancing, both have all of it, as in V1."""
@@ -150,7 +150,7 @@ class Args:
     """A KL below this costs nothing."""
     free_each: bool = False
     """Compare each state's KL with the free nats, as the paper's own code does; else the mean over the batch."""
-    decoder_std: float = 1.0
+    decoder_std: float = 0.3
     """Deviation of the normal around what is decoded; smaller: observations count more."""
     reward_scale: float = 1.0
     """Rewards are learned times this."""
@@ -158,7 +158,7 @@ class Args:
     """What z is drawn from: choices, or V1's normal."""
     deter_size: int = 64
     """Numbers in h."""
-    stoch_size: int = 8
+    stoch_size: int = 32
     """Categorical variables in z; or numbers, where it is Gaussian."""
     classes: int = 8
     """What each of them chooses among."""
@@ -178,14 +178,14 @@ class Args:
     """How the policy learns: from how its actions fared, by the gradient through the dream as in V1, or by both."""
     reinforce_share: float = 0.9
     """ρ: share of the first, where it is both."""
-    entropy_scale: float = 1e-2
+    entropy_scale: float = 3e-2
     """η: reward for the policy's entropy."""
     slow_every: int = 100
     """The slow value, which the returns are built on, becomes a copy of the value after the first update and then
     every so many."""
-    world_learning_rate: float = 1e-3
+    world_learning_rate: float = 3e-3
     """Adam's step size for the world model."""
-    actor_learning_rate: float = 1e-3
+    actor_learning_rate: float = 3e-4
     """For the policy."""
     value_learning_rate: float = 1e-3
     """For the value."""
@@ -210,7 +210,7 @@ class Args:
     """Write losses and timings every this many steps (returns are written at each episode's end)."""
     eval_every: int = 1_000
     """Let the deterministic policy play in an environment of its own every this many steps; 0: only at the end."""
-    eval_episodes: int = 5
+    eval_episodes: int = 50
     """Episodes for each of those evaluations."""
     eval_max_steps: int = 1_000
     """Cut an evaluation episode after so many actions."""
@@ -238,10 +238,10 @@ class Args:
 RELEASED = Args(  # the released code's, for DeepMind control
     image_size=64, action_repeat=2, total_timesteps=1_000_000, random_steps=2_000, train_every=10,
     batch_size=16, batch_length=50, pretrain=100, replay_size=2_000_000, horizon=15, ends=False,
-    kl_scale=1.0, free_nats=1.0, deter_size=200, stoch_size=32, classes=32, units=200, depth=48, dense_units=400,
+    free_nats=1.0, decoder_std=1.0, deter_size=200, classes=32, units=200, depth=48, dense_units=400,
     reward_layers=4, value_layers=4, actor_layers=4, actor_gradient="dynamics", entropy_scale=1e-4,
     world_learning_rate=3e-4, actor_learning_rate=8e-5, value_learning_rate=8e-5, log_every=5_000, eval_every=10_000,
-    picture_every=50_000, checkpoint_every=50_000,
+    eval_episodes=5, picture_every=50_000, checkpoint_every=50_000,
 )  # fmt: skip
 ATARI = replace(
     RELEASED, action_repeat=4, tanh_rewards=True, total_timesteps=200_000_000, random_steps=200_000, train_every=64,
@@ -305,6 +305,9 @@ class ImageEncoder(nn.Sequential):
         super().__init__(*(layer for conv in convolutions for layer in (conv, nn.ReLU())), nn.Flatten())
         self.size = 4 * sizes[-1]
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last))  # the order that is faster
+
 
 class ImageDecoder(nn.Module):
     """The way back, from one pixel of many channels. [N, F] → [N, C, S, S]"""
@@ -320,7 +323,9 @@ class ImageDecoder(nn.Module):
         self.layers = nn.Sequential(*(x for layer in layers for x in (layer, nn.ReLU())))[:-1]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.layers(self.first(features)[..., None, None])
+        spread = self.layers[0]  # of one pixel it is a plain product, and faster as one
+        x = (self.first(features) @ spread.weight.flatten(1)).unflatten(1, spread.weight.shape[1:])
+        return self.layers[1:]((x + spread.bias[:, None, None]).contiguous(memory_format=torch.channels_last))
 
 
 def elu_for_relu(module: nn.Module) -> nn.Module:
