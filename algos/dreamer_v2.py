@@ -1103,12 +1103,12 @@ def train(args: Args) -> Path:
 
 class Catch(gym.Env):
     """A ball falls through 8 × 8 tiles; a paddle on the floor moves left, stays, or moves right. +1 if the paddle is
-    where the ball comes down, else −1, and the episode ends. Two moves before that the ball jumps two tiles aside, to
-    the left or the right with the same chance (unless `branch` is off): who waits under it catches both."""
+    where the ball comes down, else −1, and the episode ends. Four moves before that the ball jumps two tiles aside, to
+    the left or the right with the same chance (unless `branch` is off): who stays near it catches both."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
     observation_space, action_space = gym.spaces.Box(0, 255, (32, 32, 1), np.uint8), gym.spaces.Discrete(3)
-    TILES, JUMPS_ON, JUMP = 8, 5, 2
+    TILES, JUMPS_ON, JUMP = 8, 3, 2
 
     def __init__(self, render_mode: Optional[str] = None, branch: bool = True):
         self.render_mode, self.branch = render_mode, branch

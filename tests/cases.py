@@ -303,7 +303,6 @@ CASES = {
             "cartpole-pixels",
         ],
         bad=[
-            ("--env-id FrozenLake-v1", "--obs pixels"),
             ("--env-id CliffWalking-v1", "--obs pixels"),
             ("--image-size 48", "--image-size"),
             ("--horizon 1", "--horizon"),
@@ -346,7 +345,6 @@ CASES = {
             "pong",
         ],
         bad=[
-            ("--env-id FrozenLake-v1", "--obs pixels"),
             ("--env-id FrozenLake-v1 --obs vector", "--obs pixels"),
             ("--env-id ALE/Pong-v5 --obs vector", "--obs pixels"),
             ("--env-id ALE/NoSuchGame-v5", "NoSuchGame"),
