@@ -114,7 +114,7 @@ class Args:
     """Learn tanh of each reward; scores are told as they are."""
     time_limit: int = 0
     """Cut episodes after so many actions; 0: the environment's own limit alone."""
-    total_timesteps: int = 12_000
+    total_timesteps: int = 10_000
     """Environment steps in all, those of random actions included."""
     random_steps: int = 2_000
     """So many of them take uniformly random actions first."""
@@ -178,7 +178,7 @@ class Args:
     """How the policy learns: from how its actions fared, by the gradient through the dream as in V1, or by both."""
     reinforce_share: float = 0.9
     """ρ: share of the first, where it is both."""
-    entropy_scale: float = 3e-2
+    entropy_scale: float = 0.3
     """η: reward for the policy's entropy."""
     slow_every: int = 100
     """The slow value, which the returns are built on, becomes a copy of the value after the first update and then

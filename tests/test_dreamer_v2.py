@@ -858,3 +858,29 @@ def test_a_future_that_forks_is_foreseen_as_a_fork():
     assert one == pytest.approx(0.7, abs=0.04) and other == pytest.approx(0.3, abs=0.04) and neither < 0.02
     *_, blurred = branches("gaussian")
     assert blurred > 0.1
+
+
+@pytest.mark.learning
+def test_compiled_steps_are_the_same_steps():
+    """--compile changes speed, and results by rounding."""
+    dreamer, env, args = dreamer_of()
+    compiled = block.DreamerV2(block.replace(args, compile=True), env, torch.device("cpu"))
+    compiled.load(dreamer.learned())
+    batch, results = random_batch(dreamer), []
+    for one in (dreamer, compiled):
+        torch.manual_seed(4)
+        loss, states, _ = block.world_model_loss_v2(one.world, batch, args)
+        norm = one.gradient("world", loss)
+        losses = block.behaviour_losses_v2(*networks(one), states, batch, args)[:2]
+        results.append([loss, norm, *losses, one.gradient("actor", losses[0])])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.learning
+def test_learns_to_catch_the_ball(tmp_path):
+    """In 3,000 steps after those of random moves, which score −0.75; the best ones score 1."""
+    run_dir = helpers.run("dreamer_v2", "--total-timesteps 5000 --eval-every 0 --seed 4", tmp_path / "run")
+    scores = helpers.scalars(run_dir)
+    early = np.mean([x for step, x in scores["charts/episodic_return"].items() if step <= 2_000])
+    assert early < -0.5 and scores["eval/episodic_return"][5_000] > 0.3
