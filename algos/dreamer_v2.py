@@ -62,8 +62,9 @@ Deviations from the paper and the official code:
   - The constant of the normal's log-likelihood is left out of the losses; gradients are the same.
   - --prior gaussian has V1's deviation, softplus + 0.1; the code's own Gaussian bends it by a sigmoid.
   - Games are scaled down by the mean over areas; an episode's seed is drawn anew, so that a run can go on to the bit.
-  - The small preset has smaller networks, larger step sizes, γ = 0.99, images of 32 × 32, and a dream as long as the
-    game. A vector is read and decoded by dense layers, with mean 0 and deviation 1 in the random steps.
+  - The small preset has smaller networks, larger step sizes, γ = 0.99, images of 32 × 32 (--decoder-std makes up for
+    the fewer pixels), a dream as long as the game, and much more reward for entropy. A vector is read and decoded by
+    dense layers, with mean 0 and deviation 1 in the random steps.
 """
 
 import copy

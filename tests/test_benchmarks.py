@@ -256,6 +256,29 @@ def test_the_dreamers_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     assert (tmp_path / "docs/figures/dreamer_v1_pendulum.png").stat().st_size > 5_000
 
 
+def test_dreamer_v2s_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_v2_figures.py")
+    (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
+    writes_into(tmp_path, runner, monkeypatch)
+    flags = "--total-timesteps 400 --random-steps 150 --train-every 50 --pretrain 2 --batch-size 4 --batch-length 8 "
+    flags += "--horizon 3 --depth 2 --eval-every 200 --eval-episodes 2 --picture-every 200 --log-every 100"
+    for name in ("ablations", "catch"):  # the second finds its run made by the first
+        runner.main(runner.Args(name, tmp_path / "runs", flags=flags, seeds=1, first_seed=5, workers=1))
+        table = capsys.readouterr().out
+        made = (tmp_path / f"benchmarks/results/dreamer_v2_{name}.csv").read_text().splitlines()
+        last = [float(row.split(",")[4]) for row in made if row.split(",")[2:4] == ["eval/episodic_return", "400"]]
+        rows = [row for row in table.splitlines() if row.startswith("| seed 5 |")]
+        assert [row.split(" | ")[3] for row in rows] == [f"{x:.2f}" for x in last]
+        assert len(last) == len(runner.EXPERIMENTS[name])
+        assert (tmp_path / f"docs/figures/dreamer_v2_{name}.png").stat().st_size > 5_000
+        if name == "ablations":
+            shares = [row.split(" | ")[1:] for row in table.splitlines() if "catch_" in row and row.endswith("% |")]
+            assert len(shares) == 2
+            assert all(sum(float(x.split()[0]) for x in row) == pytest.approx(100, abs=0.3) for row in shares)
+            assert (tmp_path / "docs/figures/dreamer_v2_forks.png").stat().st_size > 1_000
+    assert all((tmp_path / f"docs/figures/dreamer_v2_{x}").exists() for x in ("dreams.gif", "codes.png"))
+
+
 def test_what_the_dreamers_speed_is_compared_with_does_the_same():
     """Time by time, and all times at once: the same loss, with the same noise."""
     block = speed.dreamer_v1
