@@ -53,21 +53,26 @@ Run:
     python algos/dreamer_v2.py walker --device cuda           # DeepMind control, needs the package dm_control
 
 Deviations from the paper and the official code:
-  - The last row of an episode is drawn too (the code leaves it out unless it draws ends more often). Episodes shorter
-    than L are filled up, and what fills them counts nowhere; the code skips them, and waits for ever where all are so.
-  - Settings are the released code's where it and the paper's table differ: B = 16, an update for 16 actions.
+  - Episodes shorter than L are filled up, and what fills them counts nowhere; the code skips them, and stops with an
+    error where all are so.
+  - Settings are the released code's where it and the paper's table differ: B = 16, an update for 16 actions,
+    γ = 0.999, five times the loss of ends.
   - The slow value begins as a copy of the value; the code's begins with weights of its own, for one update.
+  - With --actor-gradient both, REINFORCE takes the action as given; in the code a gradient goes through it too.
+  - Adam's ε stands beside the corrected deviation of the gradient, as in torch; in Keras beside the uncorrected one.
   - The random steps end with an episode, and are counted in steps. Computing is in float32, or with --bf16 in
     bfloat16; the code's is float16 with a scaled loss.
   - The constant of the normal's log-likelihood is left out of the losses; gradients are the same.
   - --prior gaussian has V1's deviation, softplus + 0.1; the code's own Gaussian bends it by a sigmoid.
-  - Games are scaled down by the mean over areas; an episode's seed is drawn anew, so that a run can go on to the bit.
-  - The small preset has smaller networks, larger step sizes, γ = 0.99, images of 32 × 32 (--decoder-std makes up for
-    the fewer pixels), a dream as long as the game, and much more reward for entropy. A vector is read and decoded by
-    dense layers, with mean 0 and deviation 1 in the random steps.
+  - A game's seed is drawn anew for each episode, so that a run can go on to the bit.
+  - A vector is read by one dense layer and decoded by two, with mean 0 and deviation 1 in the random steps.
+  - The small preset has smaller networks, larger step sizes, an update for 2 steps, γ = 0.99, images of 32 × 32
+    (--decoder-std and β = 1 make up for the fewer pixels), a dream as long as the game, and much more reward for
+    entropy.
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -150,7 +155,7 @@ class Args:
     free_nats: float = 0.0
     """A KL below this costs nothing."""
     free_each: bool = False
-    """Compare each state's KL with the free nats, as the paper's own code does; else the mean over the batch."""
+    """Compare each state's KL with the free nats, as the code of V1's paper does; else the mean over the batch."""
     decoder_std: float = 0.3
     """Deviation of the normal around what is decoded; smaller: observations count more."""
     reward_scale: float = 1.0
@@ -238,7 +243,7 @@ class Args:
 
 RELEASED = Args(  # the released code's, for DeepMind control
     image_size=64, action_repeat=2, total_timesteps=1_000_000, random_steps=2_000, train_every=10,
-    batch_size=16, batch_length=50, pretrain=100, replay_size=2_000_000, horizon=15, ends=False,
+    batch_size=16, batch_length=50, pretrain=101, replay_size=2_000_000, horizon=15, ends=False,
     free_nats=1.0, decoder_std=1.0, deter_size=200, classes=32, units=200, depth=48, dense_units=400,
     reward_layers=4, value_layers=4, actor_layers=4, actor_gradient="dynamics", entropy_scale=1e-4,
     world_learning_rate=3e-4, actor_learning_rate=8e-5, value_learning_rate=8e-5, log_every=5_000, eval_every=10_000,
@@ -246,7 +251,7 @@ RELEASED = Args(  # the released code's, for DeepMind control
 )  # fmt: skip
 ATARI = replace(
     RELEASED, action_repeat=4, tanh_rewards=True, total_timesteps=200_000_000, random_steps=200_000, train_every=64,
-    pretrain=1, balance_ends=True, gamma=0.999, ends=True, kl_scale=0.1, free_nats=0.0, deter_size=600, units=600,
+    pretrain=2, balance_ends=True, gamma=0.999, ends=True, kl_scale=0.1, free_nats=0.0, deter_size=600, units=600,
     actor_gradient="reinforce", entropy_scale=1e-3, world_learning_rate=2e-4, actor_learning_rate=4e-5,
     value_learning_rate=1e-4, log_every=20_000, eval_every=1_000_000, eval_max_steps=27_000,
     picture_every=10_000_000, checkpoint_every=500_000,
@@ -361,7 +366,7 @@ def straight_through(logits: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor
     choice = F.one_hot((logits + gumbel).argmax(-1), logits.shape[-1])
     chances = logits.softmax(-1)
     # Algorithm 1 of the paper: sample + probs − stop_gradient(probs)
-    return choice + chances - chances.detach()
+    return choice + (chances - chances.detach())
 
 
 class DiscreteRSSM(nn.Module):
@@ -448,7 +453,10 @@ class DiscreteRSSM(nn.Module):
         self, embedded: torch.Tensor, actions: torch.Tensor, start: Optional[tuple[torch.Tensor, torch.Tensor]] = None
     ) -> DiscreteState:
         """The states [B, T, ...] along what was seen [B, T, E], and done before it [B, T, A]."""
-        h, z = start or self.start(len(embedded))
+        if start is None:  # nothing was before, as far as the model knows: no action either
+            start = self.start(len(embedded))
+            actions = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, 1:]], 1)
+        h, z = start
         # A layer's product with [z, a] is the sum of its products with z and with a. What does not hang on the state
         # goes through its part for all times at once.
         w_z, w_a = self.gru_in.weight.split(self.split, 1)
@@ -553,8 +561,8 @@ def balanced_kl(
     """The prior is drawn to the posterior faster than the posterior to the prior: a good prior is what dreams need, and
     a posterior that gives way to a bad one forgets what it sees."""
     kl, free, alpha = world.rssm.kl, (args.free_nats, args.free_each), args.kl_balance
-    if alpha == 0.5:  # as the released code has it: then nothing is balanced, and nothing halved
-        return free_kl(kl(posterior, prior), mask, *free)
+    if alpha == 0.5:  # as the released code has it: nothing is balanced or halved, and free nats are each state's
+        return free_kl(kl(posterior, prior), mask, args.free_nats, each=True)
     # Algorithm 2 of the paper: α KL(sg(q) ‖ p) + (1 − α) KL(q ‖ sg(p)), q the posterior and p the prior
     to_prior = free_kl(kl(posterior.detach(), prior), mask, *free)
     to_posterior = free_kl(kl(posterior, prior.detach()), mask, *free)
@@ -688,7 +696,7 @@ def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Ten
     """V_λ [N, H − 1] of all dreamed states [N, H] but the last, whose value stands for what comes after."""
     last, returns = value[:, -1], []
     for t in reversed(range(value.shape[1] - 1)):
-        # Eq. 6: V_λ(s_t) = r_t + γ_t [(1 − λ) v(s_{t+1}) + λ V_λ(s_{t+1})]
+        # Eq. 4 (V1's 6): V_λ(s_t) = r_t + γ_t [(1 − λ) v(s_{t+1}) + λ V_λ(s_{t+1})]
         last = reward[:, t] + discount[:, t] * ((1 - lambda_) * value[:, t + 1] + lambda_ * last)
         returns.append(last)
     return torch.stack(returns[::-1], 1)
@@ -715,8 +723,8 @@ def behaviour_losses_v2(
     with torch.set_grad_enabled(torch.is_grad_enabled() and args.actor_gradient != "reinforce"):
         features, actions = imagine(world, actor, h, z, args.horizon)
         rewards, discounts = world.rewards(features), world.discounts(features)
-        # What follows the first state is known, and not to be foreseen
-        discounts = torch.cat([args.gamma * (~ended).float(), discounts[:, 1:]], 1)
+        if world.discount_head is not None:  # what follows the first state is known, and not to be foreseen
+            discounts = torch.cat([args.gamma * (~ended).float(), discounts[:, 1:]], 1)
         slow = slow_value(features)[..., 0].float()
         # Eq. 4, of the states 0 to H − 1; that of state H is the slow value's
         targets = lambda_return(rewards, slow, discounts, args.return_lambda)
@@ -779,12 +787,13 @@ class DreamerV2:
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
-    def step(self) -> None:
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        if self.updates % self.args.slow_every == 0:  # after the first update too
-            self.slow_value.load_state_dict(self.value.state_dict())
-        self.updates += 1
+    def step(self, *names: str) -> None:
+        for name in names:
+            self.optimizers[name].step()
+        if "value" in names:
+            if self.updates % self.args.slow_every == 0:  # after the first update too
+                self.slow_value.load_state_dict(self.value.state_dict())
+            self.updates += 1
 
     def player(self, explore: float = 0.0, best: bool = False) -> Callable[[Any], Any]:
         """The policy for one episode: it remembers what it has seen and done."""
@@ -1035,6 +1044,7 @@ def train(args: Args) -> Path:
                 with dreamer.precision():
                     loss, states, parts = world_model_loss_v2(dreamer.world, batch, args)
                 norms = {"world": dreamer.gradient("world", loss)}
+                dreamer.step("world")  # the dreams are the new model's, from states that the old one inferred
                 log.lap("model")
                 # (2) from their states dream H steps with the policy; the λ-returns
                 with dreamer.precision():
@@ -1043,7 +1053,7 @@ def train(args: Args) -> Path:
                 # (3) the policy climbs the returns, by REINFORCE or through the dream; the value learns to foresee them
                 norms["value"] = dreamer.gradient("value", value_loss, keep=True)
                 norms["actor"] = dreamer.gradient("actor", actor_loss)
-                dreamer.step()  # all gradients are taken before any weight moves, as in the released code
+                dreamer.step("actor", "value")
                 for tag, value in {**parts, **more, **{f"losses/norm_{k}": v for k, v in norms.items()}}.items():
                     log.mean(tag, value)
                 log.lap("behaviour")
@@ -1144,6 +1154,14 @@ if "Catch-v0" not in gym.registry:
 gym.register_envs(ale_py)
 
 
+@functools.cache
+def area_means(size: int, cells: int) -> np.ndarray:
+    """[cells, size]: what each pixel counts in the mean over a cell, which may hold a part of it."""
+    edges, pixels = np.arange(cells + 1) * size / cells, np.arange(size)
+    inside = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (inside.clip(0) * cells / size).astype(np.float32)
+
+
 class Game(gym.Wrapper):
     """An Atari game as in the paper, [1, S, S] uint8: an action lasts for several frames, and of the last two that were
     seen each pixel's brighter one is shown, for some games draw things in every second frame alone. An episode begins
@@ -1175,7 +1193,8 @@ class Game(gym.Wrapper):
         return self.shrink(np.max(frames[-2:], axis=0)), total, terminated, truncated, info
 
     def shrink(self, frame: np.ndarray) -> np.ndarray:
-        return np.array(Image.fromarray(frame).resize((self.size, self.size), Image.Resampling.BOX))[None]
+        rows, columns = (area_means(n, self.size) for n in frame.shape)
+        return (rows @ frame @ columns.T).round().astype(np.uint8)[None]
 
 
 class Repeat(gym.Wrapper):

@@ -575,6 +575,7 @@ def dreamer_v2_rates(rounds: int) -> list[tuple[str, str, float]]:
         def model(args=args, dreamer=dreamer, batch=batch) -> dreamer_v2.DiscreteState:
             loss, states, _ = dreamer_v2.world_model_loss_v2(dreamer.world, batch, args)
             dreamer.gradient("world", loss)
+            dreamer.step("world")
             return states
 
         def behaviour(states, args=args, dreamer=dreamer, batch=batch, networks=networks) -> None:
@@ -584,7 +585,7 @@ def dreamer_v2_rates(rounds: int) -> list[tuple[str, str, float]]:
 
         def update(model=model, behaviour=behaviour, dreamer=dreamer) -> None:
             behaviour(model())
-            dreamer.step()
+            dreamer.step("actor", "value")
 
         with FlopCounterMode(display=False) as counter:
             update()

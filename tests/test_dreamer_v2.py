@@ -125,9 +125,10 @@ def test_balancing_moves_the_posterior_and_the_prior_as_1_to_4():
 
 def test_without_balancing_both_have_the_whole_gradient():
     q, p = torch.randn(2, 3, 3, 4), torch.randn(2, 3, 3, 4)
-    loss, at_posterior, at_prior = balanced(q, p, kl_balance=0.5)
+    free = block.categorical_kl(q, p).mean().item()  # each state's, in this case, as in the released code
+    loss, at_posterior, at_prior = balanced(q, p, kl_balance=0.5, free_nats=free)
     leaves = [x.clone().requires_grad_() for x in (q, p)]
-    expected = block.categorical_kl(*leaves).mean()
+    expected = block.categorical_kl(*leaves).clamp(min=free).mean()
     torch.testing.assert_close(loss, expected)
     for got, wanted in zip((at_posterior, at_prior), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(got, wanted)
@@ -179,6 +180,7 @@ def test_observing_at_once_is_observing_step_by_step(prior):
     torch.manual_seed(5)
     noise = rssm.noise(3, 7)
     h, z = torch.zeros(3, 12), torch.zeros(3, size)
+    actions[:, 0] = 0  # nothing is known of what was before
     for t in range(7):
         h = rssm.gru(F.elu(rssm.gru_in(torch.cat([z, actions[:, t]], -1))), h)
         out = rssm.posterior_out(F.elu(rssm.posterior_in(torch.cat([h, embedded[:, t]], -1))))
@@ -353,7 +355,7 @@ class Ladder:
     """A world to follow on paper, state (z, h): h counts the rungs, the action's number is added to z."""
 
     def __init__(self):
-        self.rssm = self
+        self.rssm = self.discount_head = self
 
     def noise(self, n):
         return torch.zeros(n, 1)
@@ -434,7 +436,7 @@ class Line:
     """h' = h + z, z' = ½ z + a, r = −(h')² + 2 z', no noise."""
 
     def __init__(self):
-        self.rssm = self
+        self.rssm = self.discount_head = self
 
     def noise(self, n):
         return torch.zeros(n, 1)
@@ -508,6 +510,18 @@ def test_both_is_the_mixture():
     assert (parts[0] - parts[1]).abs().min() > 1e-3
 
 
+def test_without_ends_the_discount_is_the_same_everywhere():
+    """After a terminal state too: as in the released code, which knows of ends by that head alone."""
+    dreamer, _, args = dreamer_of(ends=False)
+    batch, losses = random_batch(dreamer), []
+    for ended in (False, True):
+        batch.terminated[:] = ended
+        torch.manual_seed(0)
+        states = dreamer.world.rssm.observe(dreamer.world.encode(dreamer.world.see(batch.obs)), batch.action)
+        losses.append(torch.stack(block.behaviour_losses_v2(*networks(dreamer), states, batch, args)[:2]))
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("gradient", ["reinforce", "dynamics", "both"])
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 def test_gradients_reach_the_network_they_are_for_and_no_other(gradient, env_id):
@@ -550,7 +564,7 @@ def test_the_slow_value_is_copied_after_the_first_update_and_every_so_many():
     for update in range(8):
         for p in dreamer.value.parameters():
             p.data.fill_(update)
-        dreamer.step()
+        dreamer.step("actor", "value")
         values = {p.mean().item() for p in dreamer.slow_value.parameters()}
         assert len(values) == 1
         copied.append(values.pop())
@@ -681,6 +695,15 @@ def test_a_game_is_met_as_in_the_paper(monkeypatch):
         env.step(0)
     _, reward, over, *_ = env.step(0)  # 22 and 23: no frame after the end
     assert over and reward == 22 + 23 and env.unwrapped.t == 23
+
+
+def test_a_game_is_scaled_down_by_the_means_over_areas():
+    """By hand: every pixel cut into as many parts as there are cells, and every cell the mean of its parts."""
+    frame = np.random.default_rng(0).integers(256, size=(210, 160)).astype(np.uint8)
+    parts = frame.astype(float).repeat(32, 0).repeat(2, 1)  # 210 · 32 rows are 64 · 105, 160 · 2 columns 64 · 5
+    expected = parts.reshape(64, 105, 64, 5).mean((1, 3))
+    got = block.Game(Tape(), 4, 64).shrink(frame)[0]
+    assert got.dtype == np.uint8 and np.abs(got - expected).max() <= 0.5001
 
 
 def test_a_game_begins_with_idle_frames_and_dice_of_the_generator():
