@@ -42,7 +42,7 @@ Symbols (paper → this file):
     s_t → (h, z), h the recurrent part, z the random one           q(z_t|h_t, x_t) → DiscreteRSSM.posterior
     p(ẑ_t|h_t) → DiscreteRSSM.prior            p(x̂_t|h_t, z_t), p(r̂_t|h_t, z_t) → decoder, reward_head
     p(γ̂_t|h_t, z_t) → discount_head            α → kl_balance       β → kl_scale
-    p_ψ(â_t|ẑ_t) → Actor       v_ξ → value, its copy → slow_value       V^λ → lambda_return       H → horizon
+    p_ψ(â_t|ẑ_t) → ActionModelV2       v_ξ → value, its copy → slow_value       V^λ → lambda_return       H → horizon
     ρ → reinforce_share        η → entropy_scale                   B, L → batch_size, batch_length
 
 Run:
@@ -653,7 +653,7 @@ class Choice(NamedTuple):
         return F.one_hot(self.logits.argmax(-1), self.logits.shape[-1]).float()
 
 
-class Actor(nn.Module):
+class ActionModelV2(nn.Module):
     """p_ψ(a|s): a normal within (−1, 1), or a choice among Discrete actions. [..., F] → [..., A]"""
 
     def __init__(self, inputs: int, actions: int, discrete: bool, args: Args):
@@ -678,8 +678,8 @@ class Actor(nn.Module):
         return self.policy(features).mode()
 
 
-def imagine(
-    world: WorldModelV2, actor: Actor, h: torch.Tensor, z: torch.Tensor, horizon: int
+def dream_v2(
+    world: WorldModelV2, actor: ActionModelV2, h: torch.Tensor, z: torch.Tensor, horizon: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step (2): from the states [N, ·] on, the features [N, H + 1, F] of these and of H states that follow, and the
     actions [N, H, A], of which number t was chosen in state t and led to state t + 1."""
@@ -709,7 +709,7 @@ def dream_weights(discount: torch.Tensor) -> torch.Tensor:
 
 def behaviour_losses_v2(
     world: WorldModelV2,
-    actor: Actor,
+    actor: ActionModelV2,
     value: nn.Module,
     slow_value: nn.Module,
     states: DiscreteState,
@@ -721,7 +721,7 @@ def behaviour_losses_v2(
     mask, ended = batch.mask.flatten()[:, None], batch.terminated.flatten()[:, None]  # [N, 1]
     # Where the policy learns by REINFORCE alone no gradient goes through the dream, and none is kept
     with torch.set_grad_enabled(torch.is_grad_enabled() and args.actor_gradient != "reinforce"):
-        features, actions = imagine(world, actor, h, z, args.horizon)
+        features, actions = dream_v2(world, actor, h, z, args.horizon)
         rewards, discounts = world.rewards(features), world.discounts(features)
         if world.discount_head is not None:  # what follows the first state is known, and not to be foreseen
             discounts = torch.cat([args.gamma * (~ended).float(), discounts[:, 1:]], 1)
@@ -762,7 +762,7 @@ class DreamerV2:
         self.actions = int(env.action_space.n) if self.discrete else env.action_space.shape[0]
         width = args.deter_size + latent_size(args)
         self.world = WorldModelV2(env.observation_space.shape, self.actions, args).to(device)
-        self.actor = Actor(width, self.actions, self.discrete, args).to(device)
+        self.actor = ActionModelV2(width, self.actions, self.discrete, args).to(device)
         self.value = dense(width, args.dense_units, args.value_layers, 1).apply(keras_weights).to(device)
         self.slow_value, self.updates = copy.deepcopy(self.value).requires_grad_(False), 0
         rates = (args.world_learning_rate, args.actor_learning_rate, args.value_learning_rate)
