@@ -303,6 +303,7 @@ CASES = {
             "cartpole-pixels",
         ],
         bad=[
+            ("--env-id FrozenLake-v1", "--obs pixels"),
             ("--env-id CliffWalking-v1", "--obs pixels"),
             ("--image-size 48", "--image-size"),
             ("--horizon 1", "--horizon"),
