@@ -240,6 +240,7 @@ def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     assert runner.random_walk(1, [640, 6_400])[0][1] < runner.random_walk(1, [640, 6_400])[1][1]
 
 
+@pytest.mark.learning  # they train
 def test_the_dreamers_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_figures.py")
     (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
@@ -256,6 +257,7 @@ def test_the_dreamers_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
     assert (tmp_path / "docs/figures/dreamer_v1_pendulum.png").stat().st_size > 5_000
 
 
+@pytest.mark.learning  # they train
 def test_dreamer_v2s_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_v2_figures.py")
     (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")

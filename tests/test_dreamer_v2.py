@@ -902,8 +902,9 @@ def test_compiled_steps_are_the_same_steps():
 
 @pytest.mark.learning
 def test_learns_to_catch_the_ball(tmp_path):
-    """In 3,000 steps after those of random moves, which score −0.75; the best ones score 1."""
+    """In 3,000 steps after those of random moves, which score −0.75; the best ones score 1. Half of the preset's steps:
+    on the way up a score of 50 games of −1 or 1 is known to 0.13."""
     run_dir = helpers.run("dreamer_v2", "--total-timesteps 5000 --eval-every 0 --seed 4", tmp_path / "run")
     scores = helpers.scalars(run_dir)
     early = np.mean([x for step, x in scores["charts/episodic_return"].items() if step <= 2_000])
-    assert early < -0.5 and scores["eval/episodic_return"][5_000] > 0.3
+    assert early < -0.5 and scores["eval/episodic_return"][5_000] > 0

@@ -409,6 +409,7 @@ def ring(count, noise, generator):
     return seen(place), a, seen(place2)
 
 
+@pytest.mark.learning  # it trains
 @pytest.mark.parametrize(("features", "foreseen"), [("inverse", True), ("pixels", False)])
 def test_inverse_features_leave_out_what_no_action_changes(features, foreseen):
     """The share of what changes in the features that the forecast misses: next to nothing, or all of the noise."""

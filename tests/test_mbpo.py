@@ -498,6 +498,7 @@ def test_the_target_entropy_is_the_users_or_the_tasks_or_minus_the_actions():
         assert mbpo.SAC(3, 2, Args(env_id=env_id, target_entropy=wanted), CPU).target_entropy == expected
 
 
+@pytest.mark.learning  # it trains
 def test_values_of_a_fixed_policy_are_right():
     """A chain of three states whose action changes nothing, α held at 0: Q is the discounted sum of what comes."""
     args = Args(hidden=64, learning_rate=3e-3, tau=0.05, gamma=0.8)

@@ -612,6 +612,7 @@ def test_true_dynamics_learn_nothing_and_plan_from_the_first_step(tmp_path):
     assert math.isfinite(total) and helpers.checkpoint(run_dir)["step"] == 600
 
 
+@pytest.mark.learning  # it trains
 def test_the_learned_reward_is_the_real_one(tmp_path):
     flags = f"{SHORT} --learn-reward --total-timesteps 1000 --random-steps 1000 --epochs 150 --hidden 64"
     run_dir = helpers.run("mpc_rs", flags, tmp_path / "r")
@@ -666,6 +667,7 @@ def test_compiled_plans_are_those_of_eager_mode():
         assert torch.allclose(eager, compiled, atol=1e-4)
 
 
+@pytest.mark.learning  # it trains
 def test_any_environment_with_vectors_works(tmp_path):
     flags = f"--env-id MountainCarContinuous-v0 --total-timesteps 1100 {SHORT} --picture-every 500 --eval-every 0"
     run_dir = helpers.run("mpc_rs", flags, tmp_path / "r")

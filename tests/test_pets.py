@@ -571,6 +571,7 @@ def noise(s):
     return 0.05 + 0.2 / (1 + np.exp(-3 * s))
 
 
+@pytest.mark.learning  # it trains
 def test_the_ensemble_knows_noise_from_ignorance():
     """Aleatoric: the predicted deviation is right within 10 %. Epistemic: the members part where there are no data."""
     torch.manual_seed(0)

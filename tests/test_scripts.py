@@ -74,7 +74,8 @@ def quick(tmp_path_factory):
 
 
 def started_only(name, flags, folder):
-    return helpers.checkpoint(helpers.run(name, f"{flags} --total-timesteps 1", folder))
+    short = "--total-timesteps 1 --eval-episodes 1 --eval-max-steps 1 --picture-every 0"
+    return helpers.checkpoint(helpers.run(name, f"{flags} {short}", folder))
 
 
 PRESETS = [  # those beyond the first in the slower tier
