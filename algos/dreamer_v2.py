@@ -46,9 +46,9 @@ Symbols (paper → this file):
     ρ → reinforce_share        η → entropy_scale                   B, L → batch_size, batch_length
 
 Run (measured on 2 CPU cores; docs/dreamer_v2.md has the curves):
-    python algos/dreamer_v2.py                                # 11 minutes: 1.00 of 1, 2 seeds; random moves −0.75
-    python algos/dreamer_v2.py --prior gaussian               # V1's random part in V2
-    python algos/dreamer_v2.py --kl-balance 0.5               # prior and posterior taught alike
+    python algos/dreamer_v2.py                                # 11 minutes: 1.00 of 1, 3 seeds; random moves −0.75
+    python algos/dreamer_v2.py --prior gaussian               # V1's random part in V2: 0.09 ± 0.32
+    python algos/dreamer_v2.py --kl-balance 0.5               # prior and posterior taught alike: 1.00
     python algos/dreamer_v2.py freeway --device cuda          # Atari, at the released code's settings
     python algos/dreamer_v2.py walker --device cuda           # DeepMind control, needs the package dm_control
 

@@ -56,8 +56,8 @@ class Args:
 
 def forks(folder: Path, episodes: int = 40, samples: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """What the model of a finished run foresees for the ball's jump when all before it was seen: in how many of the
-    samples the ball is at the left, at the right, at both places, at neither; and a strip of pictures: the last one
-    that was seen, what is foreseen on average, and nine samples."""
+    samples the ball is at the left, at the right, at both places, at neither, and in how many it is plainly at one of
+    them; and a strip of pictures: the last one that was seen, what is foreseen on average, and nine samples."""
     spec = importlib.util.spec_from_file_location("dreamer_v2", ROOT / "algos" / "dreamer_v2.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     settings = json.loads((folder / "args.json").read_text())
@@ -65,7 +65,7 @@ def forks(folder: Path, episodes: int = 40, samples: int = 100) -> tuple[np.ndar
     env = module.make_task(args)
     dreamer = module.DreamerV2(args, env, torch.device("cpu"))
     dreamer.load(torch.load(folder / "checkpoint.pt", weights_only=False)["learned"])
-    counts, strip, game = np.zeros(4), None, env.unwrapped
+    counts, strip, game = np.zeros(5), None, env.unwrapped
     torch.manual_seed(0)
     for episode in range(episodes):
         seen, actions = [env.reset(seed=10_000 + episode)[0]], [np.zeros(dreamer.actions, np.float32)]
@@ -80,19 +80,22 @@ def forks(folder: Path, episodes: int = 40, samples: int = 100) -> tuple[np.ndar
         ahead = module.seen_then_foreseen_v2(dreamer.world, rows, game.JUMPS_ON)[0][:, -1].mean(1) + 0.5
         side = ahead.shape[-1] // game.TILES
         tiles = ahead.unfold(1, side, side).unfold(2, side, side).mean((-2, -1))[:, game.JUMPS_ON]  # the row it is in
-        left, right = tiles[:, game.ball - game.JUMP] > 0.5, tiles[:, game.ball + game.JUMP] > 0.5
-        counts += [x.sum().item() for x in (left & ~right, right & ~left, left & right, ~left & ~right)]
+        places = tiles[:, [game.ball - game.JUMP, game.ball + game.JUMP]]
+        left, right = (places > 0.5).T
+        plainly = (places.amax(1) > 0.8) & (places.amin(1) < 0.2)
+        counts += [x.sum().item() for x in (left & ~right, right & ~left, left & right, ~left & ~right, plainly)]
         if strip is None:
             pictures = [torch.as_tensor(seen[-1][0]) / 255, ahead.mean(0), *ahead[:9]]
             strip = np.concatenate([np.pad(x.numpy().clip(0, 1), 1, constant_values=1) for x in pictures], 1)
-    return counts / counts.sum(), strip
+    return counts / counts[:4].sum(), strip
 
 
 def draw_forks(folders: dict[str, list[Path]]) -> None:
     """One row of pictures for each kind of latent, and the shares over all seeds."""
     shown = {label: folders[label] for label in ("Dreamer V2", "a normal in place of choices")}
     figure = Figure(figsize=(9, 2.6), dpi=90)
-    print("\n| the ball's jump as it is foreseen | left | right | both | neither |\n|-|-|-|-|-|")
+    print("\n| the ball's jump as it is foreseen | left | right | both | neither | plainly at one place |")
+    print("|-|-|-|-|-|-|")
     for axes, (label, runs) in zip(figure.subplots(len(shown), 1), shown.items(), strict=True):
         shares, strips = zip(*(forks(run) for run in runs), strict=True)
         for seed, share in enumerate(shares):
