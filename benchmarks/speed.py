@@ -34,6 +34,7 @@ import icm
 import mage
 import mbpo
 import mpc_rs
+import muzero
 import pets
 import vin
 
@@ -599,6 +600,40 @@ def dreamer_v2_rates(rounds: int) -> list[tuple[str, str, float]]:
     return rows
 
 
+# ── muzero: simulations ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def muzero_rates(rounds: int) -> list[tuple[str, str, float]]:
+    """Simulations per second, the network's calls included, 50 for each root; and the network's share of the time."""
+    rows, few = [], min(rounds, 5)
+    tasks = {"CartPole-v1": {}, "ConnectFour-v0": {"channels": 64, "blocks": 1, "squash": False, "support": 1}}
+    for env_id, changes in tasks.items():
+        args = muzero.Args(env_id=env_id, simulations=50 if rounds > 1 else 5, **changes)
+        env = muzero.make_task(args)
+        planner = muzero.make_tree_planner(args, env, torch.device("cpu"))
+        obs, _ = env.reset(seed=0)
+        whole, spent = planner.dynamics, [0.0]
+
+        def timed(*inputs, whole=whole, spent=spent):
+            start = time.perf_counter()
+            found = whole(*inputs)
+            spent[0] += time.perf_counter() - start
+            return found
+
+        planner.dynamics = timed
+        for batch in (1, 8, 64, 256) if rounds > 1 else (1, 8):
+            roots, name = np.repeat(obs[None], batch, 0), f"{env_id}, {batch} roots"
+            call = functools.partial(planner.search, roots, True)
+            call()
+            spent[0], start = 0.0, time.perf_counter()
+            call()
+            share = spent[0] / (time.perf_counter() - start)
+            rate = best_rates({name: (call, batch * args.simulations)}, few)[name]
+            rows += [(name, "simulations/s", rate), (name, "% of the time in the network", 100 * share)]
+            rows.append((name, "% of the time in the tree", 100 * (1 - share)))
+    return rows
+
+
 Row = tuple[str, str, float]  # what, unit, rate
 MEASURED: dict[str, Callable[[int], list[Row]]] = {
     "matrix product": lambda rounds: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
@@ -611,6 +646,7 @@ MEASURED: dict[str, Callable[[int], list[Row]]] = {
     "icm": icm_rates,
     "dreamer_v1": dreamer_v1_rates,
     "dreamer_v2": dreamer_v2_rates,
+    "muzero": muzero_rates,
 }
 
 

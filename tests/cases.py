@@ -378,4 +378,43 @@ CASES = {
         ],
         optional={"walker": "dm_control"},
     ),
+    "muzero": Case(
+        quick="--total-timesteps 400 --envs 4 --simulations 3 --hidden 16 --latent 8 --channels 4 --blocks 1 "
+        "--batch-size 16 --unroll 2 --steps 3 --learning-starts 150 --train-every 10 "
+        "--replay-size 320 --episode-limit 60 --log-every 100 --eval-every 200 --eval-episodes 3 --eval-max-steps 20 "
+        "--picture-every 400",
+        options=[
+            "tictactoe --search puct --reanalyze 1 --temperature-moves 3 --capture-video --eval-max-steps 9",
+            "connect4 --network mlp --opponent one-ply",
+            "--prioritized --no-fresh-values --reanalyze 0.5 --stale 0",
+            "--search puct --no-squash --support 60 --env-id Acrobot-v1",
+        ],
+        resume=[
+            "tictactoe --reanalyze 1",
+            "--prioritized --search puct",
+            "breakout",
+        ],
+        bad=[
+            ("--env-id Pendulum-v1", "Discrete"),
+            ("--env-id FrozenLake-v1", "observations"),
+            ("--network conv", "--network"),
+            ("--simulations 0", "--simulations"),
+            ("--envs 0", "--envs"),
+            ("--unroll 0", "--unroll"),
+            ("--steps 0", "--steps"),
+            ("--steps 300", "--replay-size"),
+            ("--stale -1", "--stale"),
+            ("--env-id TicTacToe-v0 --openings 5", "--openings"),
+            ("--batch-size 2000 --replay-size 1000", "--batch-size"),
+            ("--gamma 1.1", "--gamma"),
+            ("--noise-share 2", "--noise-share"),
+            ("--averaging 0", "--averaging"),
+            ("--learning-rate 0", "--learning-rate"),
+            ("--temperature -1", "--temperature"),
+            ("--reanalyze -1", "--reanalyze"),
+            ("--env-id ConnectFour-v0 --opponent perfect", "minimax"),
+            ("--play no_such_folder", "no_such_folder"),
+        ],
+        optional={"lunarlander": "Box2D"},
+    ),
 }

@@ -68,7 +68,7 @@ BREAKS = [
     (house.links_lead_somewhere, remove("docs/figures/dyna_q_figure_8_2.png")),
     (house.every_file_has_its_page, swap("docs/dyna_q.md", "## Key equations", "## Some equations")),
     (house.every_file_has_its_page, second_script("Dyna-Q", "Dyna-R")),
-    (house.every_file_has_its_page, swap("README.md", "| planned |", "| yes |")),
+    (house.every_file_has_its_page, swap("README.md", "| [`dyna_q`]", "| `dreamer` | planned |\n| [`dyna_q`]")),
 ]
 
 

@@ -447,7 +447,7 @@ def test_a_finished_run_is_not_resumed_by_accident(name, tmp_path, quick, capsys
 def test_settings_of_a_run_do_not_change_under_it(name, tmp_path, quick, capsys):
     copy = shutil.copytree(quick(name), tmp_path / "run")
     assert "--seed" in refused(name, ["--resume", str(copy), "--seed", "9"], capsys)
-    assert "--env-id" in refused(name, ["--evaluate", str(copy), "--env-id", "CartPole-v1"], capsys)
+    assert "--env-id" in refused(name, ["--evaluate", str(copy), "--env-id", "Acrobot-v1"], capsys)
 
 
 @name_of

@@ -1,0 +1,133 @@
+"""The figures of docs/muzero.md, each from several seeds of `algos/muzero.py`.
+
+    python benchmarks/muzero_figures.py cartpole        # five seeds of the default preset
+    python benchmarks/muzero_figures.py search          # the paper's search beside Gumbel's
+    python benchmarks/muzero_figures.py tictactoe       # self-play, then 400 games against each opponent
+    python benchmarks/muzero_figures.py connect4
+
+Runs stay in the folder --runs: one that is there and finished is not made again, one that was stopped goes on. Each
+experiment writes benchmarks/results/muzero_<name>.csv and docs/figures/muzero_<name>.png, and prints its table.
+"""
+
+import csv
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from mpc_rs_figures import curve, minutes, train_all
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = {  # label → command line, and the number of seeds
+    "cartpole": ({"MuZero": ""}, 5),
+    "search": (
+        {
+            "pUCT, 25 simulations": "--search puct",
+            "Gumbel, 25 simulations": "",
+            "Gumbel, 4 simulations": "--simulations 4",
+        },
+        3,
+    ),
+    "tictactoe": ({"tic-tac-toe": "tictactoe"}, 1),
+    "connect4": ({"Connect Four": "connect4"}, 1),
+}
+OPPONENTS = {  # of each board: opponent, and how many moves it looks ahead
+    "tictactoe": {"random": 0, "one-ply": 0, "perfect": 0},
+    "connect4": {"random": 0, "one-ply": 0, "minimax": 2},
+}
+GAMES = 400
+TAGS = ("eval/episodic_return", "charts/episodic_return", "eval/wins", "eval/losses")
+
+
+@dataclass
+class Args:
+    name: Annotated[Literal[tuple(EXPERIMENTS)], tyro.conf.Positional]
+    """Which experiment."""
+    runs: Path = Path("runs/muzero_figures")
+    """Where the runs are kept."""
+    seeds: int = 0
+    """So many seeds; 0: as many as the page shows."""
+    first_seed: int = 1
+    """The first of them."""
+    workers: int = max((os.cpu_count() or 2) // 2, 1)
+    """Runs at a time, each with one thread."""
+
+
+def against(folder: Path, opponent: str, depth: int, games: int = GAMES) -> dict[str, list[int]]:
+    """Wins, draws and losses of a finished run without dice, where the agent began and where the opponent did."""
+    spec = importlib.util.spec_from_file_location("muzero", ROOT / "algos" / "muzero.py")
+    sys.modules["muzero"] = muzero = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(muzero)
+    saved = muzero.read_settings(folder)
+    saved = replace(saved, opponent=opponent, opponent_depth=depth or saved.opponent_depth)
+    muzero.seed_everything(saved.seed)
+    envs = [muzero.make_task(saved) for _ in range(games)]
+    planner = muzero.make_tree_planner(saved, envs[0], torch.device("cpu"))
+    planner.network.load_state_dict(muzero.load_checkpoint(folder)["learned"]["average"])
+    seed, found = saved.seed + 100_000, {"first": [0, 0, 0], "second": [0, 0, 0]}
+    returns, _ = planner.play_together(envs, seed, saved.eval_max_steps)
+    for i, value in enumerate(returns):
+        obs, _ = envs[i].reset(seed=seed + 10_000 + i)  # the same game from its beginning: is a stone there already?
+        found["second" if obs.any() else "first"][1 - round(value)] += 1
+    return found
+
+
+def clock(folder: Path, tag: str) -> list[float]:
+    """Minutes from a run's first event to each point of a curve."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [(e.wall_time - events.FirstEventTimestamp()) / 60 for e in events.Scalars(tag)]
+
+
+def main(args: Args) -> None:
+    variants, seeds = EXPERIMENTS[args.name]
+    seeds = args.seeds or seeds
+    folders = train_all("muzero", variants, seeds, args.runs, args.workers, args.first_seed)
+    board = args.name in OPPONENTS
+    figure = Figure(figsize=(9.2, 3.4), dpi=90)
+    axes = figure.subplots(1, 2, sharey=True)
+    rows = []
+    print(f"\n| {args.name} | seed | evaluations, {'wins' if board else 'mean return'} | minutes |\n|-|-|-|-|")
+    for number, label in enumerate(variants):
+        for seed, folder in enumerate(folders[label], args.first_seed):
+            for tag in TAGS[: 4 if board else 2]:
+                rows += [[label, seed, tag, step, f"{y:.4f}"] for step, y in curve(folder, tag)]
+            lines = [("eval/wins", "won", "tab:green"), ("eval/losses", "lost", "tab:red")]
+            for tag, name, color in lines if board else [("eval/episodic_return", label, f"C{number}")]:
+                steps, values = zip(*curve(folder, tag), strict=True)
+                name = name if seed == args.first_seed else None  # in the legend once
+                for axis, x in zip(axes, (steps, clock(folder, tag)), strict=True):
+                    axis.plot(x, values, color=color, marker=".", linewidth=1, label=name)
+            evaluations = curve(folder, "eval/wins" if board else "eval/episodic_return")
+            each = ", ".join(f"{y:.2f}" if board else f"{y:.1f}" for _, y in evaluations)
+            print(f"| `{variants[label]}` | {seed} | {each} | {minutes([folder])} |")
+    axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    axes[0].set(xlabel="moves", ylabel="share of games" if board else "return of an evaluation")
+    axes[1].set(xlabel="minutes")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "figures" / f"muzero_{args.name}.png")
+    if board:
+        print("\n| opponent | seed | begins | won | drawn | lost |\n|-|-|-|-|-|-|")
+        for opponent, depth in OPPONENTS[args.name].items():
+            for label in variants:
+                for seed, folder in enumerate(folders[label], args.first_seed):
+                    for side, counts in against(folder, opponent, depth).items():
+                        print(f"| {opponent} | {seed} | {side} | {' | '.join(map(str, counts))} |")
+                        for what, count in zip(("won", "drawn", "lost"), counts, strict=True):
+                            rows.append([label, seed, f"after/{opponent}/{side}/{what}", 0, count])
+    path = ROOT / "benchmarks" / "results" / f"muzero_{args.name}.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["variant", "seed", "tag", "step", "value"], *rows])
+    print(f"\nwrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0]))
