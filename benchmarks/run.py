@@ -1,0 +1,230 @@
+"""Train many runs of algos/ on Ray, on this machine or on a cluster.
+
+    python benchmarks/run.py "1-5 dyna_q maze" "1-3 mbpo pendulum --rollout-length 0"
+    python benchmarks/run.py --table benchmarks/bars.txt
+    python benchmarks/run.py --table benchmarks/bars.txt --address auto --gpus 0.25
+
+A line names seeds, a file of algos/, and what stands behind it on a command line. Each seed is one run, in a folder of
+its own below --runs; on a cluster all machines must see that folder. A run that is there and finished is not made
+again, one that was stopped or killed goes on from its checkpoint. A run whose process dies is tried again, a wrong
+setting is not. Ctrl-C stops every run at a checkpoint: the same command goes on.
+
+Needs Ray: pip install -r benchmarks/requirements.txt
+"""
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NamedTuple, Optional
+
+import tyro
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Args:
+    lines: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Lines as in a table, each one word of the shell: "1-5 dyna_q maze"."""
+    table: Optional[Path] = None
+    """A file of such lines; # begins a comment."""
+    runs: Path = Path("runs/benchmarks")
+    """Where the runs are kept."""
+    cpus: float = 1.0
+    """Cores for a run; it takes as many threads, one at least."""
+    gpus: float = 0.0
+    """Share of a GPU for a run."""
+    retries: int = 3
+    """A run whose process dies is tried again so often."""
+    address: Optional[str] = None
+    """A Ray cluster's address, or auto; by default Ray is started on this machine."""
+    every: float = 5.0
+    """Show the table every so many seconds."""
+
+
+class Run(NamedTuple):
+    name: str  # the file of algos/
+    flags: str
+    seed: int
+    folder: Path
+
+    @property
+    def finished(self) -> Path:
+        """Is there when the run is done, and says how long it took."""
+        return self.folder.with_name(self.folder.name + ".json")
+
+    @property
+    def output(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".log")
+
+
+class WrongSetting(Exception):
+    """The script refused its settings: to try again would not help."""
+
+
+def stop(message: str) -> None:
+    print(f"run.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(line: str, runs: Path) -> list[Run]:
+    """ "1-3,7 mbpo pendulum --rollout-length 0" → four runs; a comment alone → none."""
+    line = line.split("#")[0].strip()
+    if not line:
+        return []
+    seeds, name, flags = [*line.split(maxsplit=2), "", ""][:3]
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", seeds):
+        stop(f"{line!r} must begin with seeds, as 1-5 or 1,2,7")
+    if not (ROOT / "algos" / f"{name}.py").is_file():
+        stop(f"{line!r} names no file of algos/ after the seeds")
+    words = re.sub(r"[^\w.-]+", "_", f"{name} {flags}".strip().replace(" --", "__"))
+    numbers = []
+    for part in seeds.split(","):
+        first, last = (part.split("-") * 2)[:2]
+        numbers += range(int(first), int(last) + 1)
+    return [Run(name, flags, seed, (runs / f"{words}__{seed}").resolve()) for seed in numbers]
+
+
+def die_with_parent() -> None:
+    """A run must not outlive the worker that watches it: the next one goes on in the same folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def train(run: Run, threads: int) -> None:
+    """In a Ray worker: one run, begun or gone on with, to its end."""
+    if run.finished.exists():
+        return
+    go_on = (run.folder / "checkpoint.pt").exists()
+    if not go_on:
+        shutil.rmtree(run.folder, ignore_errors=True)  # killed before its first checkpoint
+    begin = [*run.flags.split(), "--seed", str(run.seed), "--run-dir", str(run.folder)]
+    flags = ["--resume", str(run.folder)] if go_on else begin
+    command = [sys.executable, str(ROOT / "algos" / f"{run.name}.py"), *flags, "--no-progress"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with open(run.output, "a") as output:
+        print("$", shlex.join(command), file=output, flush=True)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:  # a cancelled task is interrupted between two looks
+                time.sleep(0.2)
+        except BaseException:
+            process.terminate()  # the run writes a checkpoint
+            process.wait()
+            raise
+    if process.returncode:
+        kind = WrongSetting if process.returncode == 2 else RuntimeError
+        raise kind(run.output.read_text().strip().splitlines()[-1])
+    seconds = {"seconds": time.perf_counter() - start, "resumed": go_on}
+    temporary = run.finished.with_suffix(".tmp")
+    temporary.write_text(json.dumps(seconds))
+    temporary.rename(run.finished)
+
+
+@dataclass
+class Watched:
+    """How far a run is, read from what it writes."""
+
+    run: Run
+    state: str = "waiting"
+    step: int = 0
+    score: float = float("nan")
+    loaders: dict = field(default_factory=dict)
+
+    def look(self) -> None:
+        if self.state == "waiting" and self.run.folder.exists():
+            self.state = "running"
+        for path in self.run.folder.glob("events.out.tfevents*"):
+            for event in self.loaders.setdefault(path, EventFileLoader(str(path))).Load():
+                self.step = max(self.step, event.step)
+                for value in event.summary.value:
+                    if value.tag == "eval/episodic_return":
+                        self.score = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
+
+    def row(self) -> str:
+        try:
+            total = json.loads((self.run.folder / "args.json").read_text())["total_timesteps"]
+        except (OSError, ValueError):
+            total = 0
+        share = f"{100 * min(self.step / total, 1):.0f} %" if total else ""
+        return f"{self.run.folder.name:<56} {self.state:<10} {self.step:>10,} {share:>6} {self.score:>10.4g}"
+
+
+def show(watched: list[Watched], lines_before: int) -> int:
+    """The table, in place of the last one where the output is a terminal."""
+    for one in watched:
+        one.look()
+    count = {state: sum(one.state == state for one in watched) for state in sorted({one.state for one in watched})}
+    rows = [one.row() for one in watched if one.state not in ("waiting", "finished")]
+    lines = [*rows, ", ".join(f"{number} {state}" for state, number in count.items())]
+    if sys.stdout.isatty() and lines_before:
+        print(f"\x1b[{lines_before}A\x1b[J", end="")
+    print(*lines, sep="\n", flush=True)
+    return len(lines)
+
+
+def main(args: Args) -> None:
+    try:
+        import ray
+    except ImportError:
+        stop("Ray is not installed: pip install -r benchmarks/requirements.txt")
+    if args.table is not None and not args.table.is_file():
+        stop(f"{args.table} is no file")
+    lines = [*args.lines, *(args.table.read_text().splitlines() if args.table else [])]
+    runs = [run for line in lines for run in parse(line, args.runs)]
+    if not runs:
+        stop('nothing to run: give lines as "1-5 dyna_q maze", or a --table')
+    if len({run.folder for run in runs}) < len(runs):
+        stop("a run is named twice")
+
+    cluster = {} if args.address else {"include_dashboard": False}
+    ray.init(address=args.address or "local", log_to_driver=False, logging_level="ERROR", **cluster)
+    # Each run has a worker process of its own. One that dies is tried again, and so is a script that ends badly
+    task = ray.remote(
+        num_cpus=args.cpus, num_gpus=args.gpus, max_calls=1, max_retries=args.retries, retry_exceptions=[RuntimeError]
+    )(train)
+    watched = [Watched(run) for run in runs]
+    pending = {task.remote(run, max(int(args.cpus), 1)): one for run, one in zip(runs, watched, strict=True)}
+    drawn, last = 0, 0.0
+    try:
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=min(args.every, 1.0))
+            for ref in done:
+                one = pending.pop(ref)
+                try:
+                    ray.get(ref)
+                    one.state = "finished"
+                except Exception as error:
+                    one.state = "failed"
+                    print(f"{one.run.folder.name}: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+                    drawn = 0
+            if done or time.monotonic() - last >= args.every:
+                drawn, last = show(watched, drawn), time.monotonic()
+    except KeyboardInterrupt:
+        print("\nstopping: each run writes a checkpoint", flush=True)
+        for ref in pending:
+            ray.cancel(ref)
+        ray.wait(list(pending), num_returns=len(pending), timeout=60)
+        print("stopped; the same command goes on")
+        raise SystemExit(130) from None
+    if any(one.state == "failed" for one in watched):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0]))
