@@ -1967,6 +1967,8 @@ def read_settings(run_dir: Path) -> Any:
 
 def command_line(argv: Optional[list[str]], presets: dict) -> Any:
     """The preset is a subcommand, and the first one the default; flags after it override its settings."""
+    if argv and argv[0].startswith("--no-") and not set(argv) & set(presets):
+        argv = [next(iter(presets)), *argv]  # tyro finds the default preset behind any other flag
     descriptions = {name: description for name, (description, _) in presets.items()}
     defaults = {name: settings for name, (_, settings) in presets.items()}
     return tyro.cli(

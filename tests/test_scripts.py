@@ -173,6 +173,7 @@ def test_flags_override_the_preset_and_without_one_the_default(name):
     first = next(iter(module.PRESETS.values()))[1]
     assert vars(module.parse_args(["--seed", "3"])) == {**vars(first), "seed": 3}
     assert vars(module.parse_args([])) == vars(first)
+    assert module.parse_args(["--no-progress"]) == module.parse_args([next(iter(module.PRESETS)), "--no-progress"])
 
 
 @name_of
