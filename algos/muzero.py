@@ -70,8 +70,8 @@ Deviations from the paper and its pseudocode:
   - CartPole and the boards are searched as Danihelka et al. do, with c_scale = 0.1 and 0.3, and Q normalised over the
     tree. Their ν is Σ π' Q at the root, whose visits are spread evenly whatever Q says.
   - Games of self-play begin after a few random moves (--openings), for Gumbel's search soon plays the same lines.
-  - n of the n-step returns shrinks with a position's age (--stale, CartPole alone; after W. Ye et al.): what followed
-    then was played by a worse policy.
+  - CartPole's n-step returns are corrected for what followed having been played by an older, worse policy (--vtrace;
+    after L. Espeholt et al., "IMPALA", 2018). The paper learns from what is younger, on thousands of processors.
   - Priorities are the last errors of the network's value, |v⁰ − z|; the paper's are of the searched one at first.
   - Small networks, Adam, one process in place of SGD on many TPUs. Games see the last 4 frames in colour (the paper:
     32, and the actions between them), and networks have group norm in place of batch norm, so that nothing depends on
@@ -151,8 +151,8 @@ class Args:
     """γ: discount. For a game of two players its sign is turned."""
     steps: int = 10
     """n of the n-step returns; at least the length of a game: its outcome alone."""
-    stale: int = 0
-    """n is one less for each so many moves since a position was played, and 1 at last; 0: it stays."""
+    vtrace: bool = False
+    """Returns of old positions are corrected: what was played then counts as far as the search would play it now."""
     unroll: int = 5
     """K: steps that the model is unrolled in learning."""
     fresh_values: bool = True
@@ -252,7 +252,7 @@ GAME = Args(  # the paper's Atari settings where they fit one GPU
     picture_every=50_000, checkpoint_every=50_000, episode_limit=27_000,
 )  # fmt: skip
 PRESETS = {
-    "cartpole": ("CartPole-v1", Args(search="gumbel", steps=5, stale=1_000, averaging=0.02, consistency=1.0)),
+    "cartpole": ("CartPole-v1", Args(search="gumbel", vtrace=True, averaging=0.02, consistency=1.0)),
     "tictactoe": (
         "tic-tac-toe, by playing against itself",
         replace(
@@ -469,7 +469,7 @@ class Tree:
         np.maximum.at(self.high, trees, q)
 
 
-def puct(c1: float, c2: float, simulations: int) -> Callable:
+def puct(legal: np.ndarray, c1: float, c2: float, simulations: int) -> Callable:
     """The paper's choice, at every node: argmax Q̄ + P √N(s) / (1 + N(s, a)) (c₁ + log((N(s) + c₂ + 1) / c₂))."""
     n = np.arange(simulations + 2)
     weight = np.sqrt(n) * (c1 + np.log((n + c2 + 1) / c2))
@@ -480,7 +480,7 @@ def puct(c1: float, c2: float, simulations: int) -> Callable:
         # Eq. 2
         score = q + tree.prior[rows] * (weight[tree.count[rows], None] / (1 + tree.visits[rows]))
         if depth == 0:
-            score = np.where(tree.legal, score, -np.inf)
+            score = np.where(legal, score, -np.inf)
         return score.argmax(1)  # of equal ones the first
 
     return choose
@@ -554,14 +554,13 @@ def tree_search(
     alone: inside the tree the model has to know. dynamics(hidden, actions) → hidden, reward, logits, value."""
     (roots, actions), simulations = logits.shape, args.simulations
     tree, every = Tree(roots, simulations, actions, bounds), np.arange(roots)
-    tree.legal = legal
     tree.expand(tree.first, np.where(legal, logits, NEVER), value)
     prior = tree.prior[tree.first].copy()
     if args.search == "puct":
         if noise:  # P = (1 − ε) p + ε η, η ~ Dirichlet(α) over the legal actions
             eta = np.random.gamma(args.noise_alpha, size=prior.shape) * legal + 1e-12 * legal
             tree.prior[tree.first] += args.noise_share * (eta / eta.sum(1, keepdims=True) - prior)
-        choose = puct(args.c1, args.c2, simulations)
+        choose = puct(legal, args.c1, args.c2, simulations)
     else:
         g = np.random.gumbel(size=prior.shape) if noise else 0.0
         scores = np.where(legal, logits + g, -np.inf)
@@ -585,8 +584,8 @@ def tree_search(
         tree.expand(tree.first + i, logits, value)
         tree.backup(path, value, gamma)
     visits, root = tree.visits[tree.first], tree.first
-    found = (tree.value[root] + tree.total[root].sum(1)) / tree.count[root]
     if args.search == "puct":
+        found = (tree.value[root] + tree.total[root].sum(1)) / tree.count[root]
         return Found(visits, visits / simulations, found, visits.argmax(1), prior, tree.value[root], tree)
     q, sigma, policy = improved(tree, every, root, tree.scale(every), args.gumbel_visits, args.gumbel_scale)
     found = (policy * np.where(legal, q, 0.0)).sum(1)  # the root's visits are spread evenly, whatever Q says
@@ -679,13 +678,17 @@ class TreePlanner:
         return returns, lengths
 
 
-def draw_actions(found: Found, temperature: np.ndarray, args: Args) -> np.ndarray:
-    """Step (2): p(a) ∝ N(a)^(1/T), T [B]; 0: the most visited. The Gumbel search has its dice at the root already."""
+def draw_actions(found: Found, temperature: np.ndarray, args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Step (2): p(a) ∝ N(a)^(1/T), T [B]; 0: the most visited. The Gumbel search has its dice at the root already, and
+    its actions are near to draws from π'. Actions, and how likely each was."""
+    every = np.arange(len(found.visits))
     if args.search == "gumbel":
-        return found.best
+        return found.best, found.policy[every, found.best]
+    logs, T = np.log(np.maximum(found.visits, 1e-12)), temperature[:, None]
     # Gumbel's way to draw: argmax of log p + g
-    scores = np.log(np.maximum(found.visits, 1e-12)) + temperature[:, None] * np.random.gumbel(size=found.visits.shape)
-    return np.where(found.visits > 0, scores, -np.inf).argmax(1)
+    scores = np.where(found.visits > 0, logs + T * np.random.gumbel(size=logs.shape), -np.inf)
+    action = scores.argmax(1)
+    return action, np.where(temperature > 0, softmax(logs / np.maximum(T, 1e-3))[every, action], 1.0)
 
 
 def temperature(args: Args, step: int, moves: np.ndarray) -> np.ndarray:
@@ -722,6 +725,7 @@ class Histories:
         self.columns = {
             "obs": obs, "action": np.zeros((games, rows), np.int64), "reward": np.zeros((games, rows), np.float32),
             "policy": np.zeros((games, rows, setting.actions), np.float32),
+            "chance": np.ones((games, rows), np.float32),  # of the action, when it was played
             "value": np.zeros((games, rows), np.float32), "kind": np.zeros((games, rows), np.uint8),
             "age": np.zeros((games, rows), np.int32),  # moves since the episode began
         }  # fmt: skip
@@ -783,6 +787,11 @@ class Histories:
         frames = [self.columns[name][games, (numbers - np.minimum(j, age)) % self.rows] for j in range(self.stack)]
         return np.concatenate(frames[::-1], numbers.ndim)
 
+    def renew(self, games: np.ndarray, numbers: np.ndarray, policy: np.ndarray, value: np.ndarray) -> None:
+        """Reanalyze: what a new search found."""
+        slots = numbers % self.rows
+        self.columns["policy"][games, slots], self.columns["value"][games, slots] = policy, value
+
     def reprioritize(self, games: np.ndarray, numbers: np.ndarray, priority: np.ndarray) -> None:
         slots = numbers % self.rows
         drawable = self.priority[games, slots] > 0
@@ -806,24 +815,34 @@ class Histories:
 
 
 def n_step(
-    reward: np.ndarray, kind: np.ndarray, steps: np.ndarray, unroll: int, gamma: float
+    reward: np.ndarray, inside: np.ndarray, cut: np.ndarray, steps: int, unroll: int, gamma: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Step (4): z_t = u_{t+1} + γ u_{t+2} + ... + γ^{n−1} u_{t+n} + γ^n ν_{t+n} for t, ..., t + K, with n of each [B].
+    """Step (4): z_t = u_{t+1} + γ u_{t+2} + ... + γ^{n−1} u_{t+n} + γ^n ν_{t+n} for t, ..., t + K.
 
-    Of windows of K + n + 1 rows [B, W], in which u_{t+1} stands beside a_t: the sums of rewards [B, K+1], the place in
-    the window of the row whose value follows, and by what it is multiplied. 0: the episode ended before."""
-    length = reward.shape[1]
-    over = np.cumsum(kind != MOVE, 1)
-    inside = np.concatenate([np.ones((len(kind), 1), bool), over[:, :-1] == 0], 1)  # a row of this episode
-    reward = reward * (inside & (kind != CUT))
-    cut = np.where((kind == CUT) & inside, np.arange(length), length).min(1)
-    j, k = np.arange(length - unroll), np.arange(unroll + 1)
-    powers = np.where(j < steps[:, None], float(gamma) ** j, 0.0)
-    sums = np.stack([(reward[:, i : i + len(j)] * powers).sum(1) for i in k], 1)
+    Of windows of K + n + 1 rows [B, W], in which u_{t+1} stands beside a_t; `inside` their episode, `cut` from the row
+    on in which it was cut. The sums of rewards [B, K+1], the place in the window of the row whose value follows, and by
+    what it is multiplied. 0: the episode ended before."""
+    k = np.arange(unroll + 1)
+    powers = float(gamma) ** np.arange(steps)
+    sums = np.stack([(reward[:, i : i + steps] * powers).sum(1) for i in k], 1)
     # A time limit is no end: the value of the last observation stands for what would have come
-    row = np.minimum(k + steps[:, None], cut[:, None])
+    row = np.minimum(k + steps, (~cut).sum(1)[:, None])
     factor = np.where(np.take_along_axis(inside, row, 1) & (row >= k), float(gamma) ** np.maximum(row - k, 0), 0.0)
     return sums, row, factor
+
+
+def vtrace(
+    reward: np.ndarray, value: np.ndarray, ratio: np.ndarray, steps: int, unroll: int, gamma: float
+) -> np.ndarray:
+    """Espeholt et al., Eq. 1: z_t = ν_t + Σ_{i<n} γ^i c_t ... c_{t+i−1} ρ_{t+i} (u_{t+i+1} + γ ν_{t+i+1} − ν_{t+i}) for
+    t, ..., t + K. `ratio` is ρ = c = min(1, π(a) / μ(a)), of the policy now and then; all 1: n_step. Windows as there,
+    with 0 for what is not of the episode."""
+    surprise, width = reward[:, :-1] + gamma * value[:, 1:] - value[:, :-1], unroll + 1
+    target, weight = value[:, :width].copy(), np.ones((len(value), width))
+    for i in range(steps):
+        weight = weight * ratio[:, i : i + width]
+        target += gamma**i * weight * surprise[:, i : i + width]
+    return target
 
 
 class Unrolled(NamedTuple):
@@ -845,37 +864,39 @@ def make_batch(
     gamma: float, args: Args, device: torch.device,
 ) -> Unrolled:  # fmt: skip
     """Step (4): the targets of drawn positions. value_of values observations, if stored values are too old."""
-    window = numbers[:, None] + np.arange(args.unroll + args.steps + 1)
-    column = games[:, None]
-    kind, reward = (store.take(name, column, window) for name in ("kind", "reward"))
-    steps = np.full(len(games), args.steps)
-    if args.stale:  # what followed tells of the policy that played it, which is not the present one
-        steps = np.maximum(1, steps - (store.made[games] - numbers) * store.games // args.stale)
-    sums, row, factor = n_step(reward, kind, steps, args.unroll, gamma)
-    after, needed = numbers[:, None] + row, factor != 0
-    if value_of and needed.any():
-        which = np.repeat(games[:, None], row.shape[1], 1)[needed]
-        value = np.zeros(row.shape)
-        value[needed] = value_of(store.take("obs", which, after[needed]))
-    else:
-        value = store.take("value", column, after)
-    few = window[:, : args.unroll + 1]
-    kind, reward = kind[:, : args.unroll + 1], reward[:, : args.unroll]
+    column, window, K = games[:, None], numbers[:, None] + np.arange(args.unroll + args.steps + 1), args.unroll
+    kind, action, policy = (store.take(name, column, window) for name in ("kind", "action", "policy"))
     over = np.cumsum(kind != MOVE, 1)
-    inside = np.concatenate([np.ones((len(kind), 1), bool), over[:, :-1] == 0], 1)
-    cut = np.cumsum((kind == CUT) & inside, 1) > 0
-    moved = inside & (kind != CUT)
+    inside = np.concatenate([np.ones((len(kind), 1), bool), over[:, :-1] == 0], 1)  # a row of this episode
+    moved, cut = inside & (kind != CUT), np.cumsum(inside & (kind == CUT), 1) > 0
+    reward = store.take("reward", column, window) * moved
+
+    def value_at(rows: np.ndarray, needed: np.ndarray) -> np.ndarray:
+        if not value_of:
+            return store.take("value", column, rows) * needed
+        values = np.zeros(rows.shape)
+        if needed.any():
+            values[needed] = value_of(store.take("obs", np.broadcast_to(column, rows.shape)[needed], rows[needed]))
+        return values
+
+    if args.vtrace:
+        now = np.take_along_axis(policy, action[:, :, None], 2)[:, :, 0]  # since a last search, if there was one
+        ratio = np.minimum(now / np.maximum(store.take("chance", column, window), 1e-6), 1.0) * moved
+        target = vtrace(reward, value_at(window, inside), ratio, args.steps, K, gamma)
+    else:
+        sums, row, factor = n_step(reward, inside, cut, args.steps, K, gamma)
+        target = sums + factor * value_at(numbers[:, None] + row, factor != 0)
     # In the absorbing state any action may be taken, and nothing follows
-    policy = store.take("policy", column, few)
-    action = np.where(moved, store.take("action", column, few), np.random.randint(policy.shape[2], size=few.shape))
+    anything = np.random.randint(policy.shape[2], size=(len(games), K))
+    action = np.where(moved[:, :K], action[:, :K], anything)
+    later = [store.take("obs", games, window[:, 1 : K + 1].T)] if args.consistency else []
     return Unrolled(
         *(
             torch.from_numpy(np.ascontiguousarray(x)).to(device)
             for x in (
-                store.take("obs", games, numbers), action[:, : args.unroll],
-                (sums + factor * value).astype(np.float32),
-                reward * moved[:, : args.unroll], policy, (~cut).astype(np.float32), moved.astype(np.float32), weight,
-                *([store.take("obs", games, few[:, 1:].T)] if args.consistency else []),
+                store.take("obs", games, numbers), action, target.astype(np.float32), reward[:, :K],
+                policy[:, : K + 1], (~cut[:, : K + 1]).astype(np.float32), moved[:, : K + 1].astype(np.float32),
+                weight, *later,
             )
         )
     )  # fmt: skip
@@ -1059,7 +1080,7 @@ def check_settings(args: Args) -> None:
         (1, ("train_every", "batch_size", "support", "latent", "hidden", "channels", "frames", "opponent_depth")),
         (0, ("blocks", "episode_limit", "temperature", "temperature_steps", "temperature_moves", "reanalyze")),
         (0, ("decay_steps", "weight_decay", "priority_alpha", "priority_beta", "gumbel_visits", "consistency")),
-        (0, ("stale", "openings")),
+        (0, ("openings",)),
     ):
         for name in names:
             if getattr(args, name) < least:
@@ -1185,19 +1206,17 @@ def train(args: Args) -> Path:
             found = planner.search(roots, noise=True)
             log.lap("search")
             if old:
-                slots = old[1] % store.rows
-                store.columns["policy"][old[0], slots] = found.policy[args.envs :]
-                store.columns["value"][old[0], slots] = found.value[args.envs :]
+                store.renew(*old, found.policy[args.envs :], found.value[args.envs :])
                 found = Found(*(x[: args.envs] for x in found[:-1]), found.tree)
 
             # (2) draw actions from the visit counts, and play them
-            action = draw_actions(found, temperature(args, step, moves), args)
+            action, chance = draw_actions(found, temperature(args, step, moves), args)
             reward, terminated, truncated, last_obs = games.step(action)
             log.lap("env")
 
             # (3) keep what was seen, done, found and searched; where an episode was cut, what was seen last too
             store.add(
-                every, obs, action=action, reward=reward, policy=found.policy, value=found.value,
+                every, obs, action=action, chance=chance, reward=reward, policy=found.policy, value=found.value,
                 kind=np.where(terminated, END, MOVE), age=moves,
             )  # fmt: skip
             if len(cut := np.flatnonzero(truncated & ~terminated)):

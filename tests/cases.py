@@ -386,7 +386,7 @@ CASES = {
         options=[
             "tictactoe --search puct --reanalyze 1 --temperature-moves 3 --capture-video --eval-max-steps 9",
             "connect4 --network mlp --opponent one-ply",
-            "--prioritized --no-fresh-values --reanalyze 0.5 --stale 0",
+            "--prioritized --no-fresh-values --reanalyze 0.5 --no-vtrace",
             "--search puct --no-squash --support 60 --env-id Acrobot-v1",
         ],
         resume=[
@@ -403,7 +403,6 @@ CASES = {
             ("--unroll 0", "--unroll"),
             ("--steps 0", "--steps"),
             ("--steps 300", "--replay-size"),
-            ("--stale -1", "--stale"),
             ("--env-id TicTacToe-v0 --openings 5", "--openings"),
             ("--batch-size 2000 --replay-size 1000", "--batch-size"),
             ("--gamma 1.1", "--gamma"),

@@ -278,9 +278,10 @@ def test_actions_are_drawn_by_visits_and_temperature():
     found = muzero.Found(visits, None, None, visits.argmax(1), None, None, None)
     np.random.seed(0)
     for T, share in ((1.0, 0.8), (0.5, 64 / 68), (0.0, 1.0)):
-        drawn = muzero.draw_actions(found, np.full(20_000, T), Args())
+        drawn, chance = muzero.draw_actions(found, np.full(20_000, T), Args())
         assert (drawn == 1).mean() == pytest.approx(share, abs=0.01)
         assert (drawn != 0).all()
+        assert np.allclose(chance, np.where(drawn == 1, share, 1 - share))
     args = Args(temperature_steps=100, temperature_moves=0)
     assert [muzero.temperature(args, step, np.zeros(1))[0] for step in (0, 49, 50, 75, 500)] == [1, 1, 0.5, 0.25, 0.25]
     args = Args(temperature_steps=0, temperature_moves=4)
@@ -351,6 +352,18 @@ def slow_target(reward, value, kind, t, n, gamma):
     return z + discount * value[t + n]
 
 
+def episode_of(kind):
+    """Of windows [B, W]: is a row of the first one's episode? Is it one from which on nobody knows?"""
+    inside, cut = np.zeros(kind.shape, bool), np.zeros(kind.shape, bool)
+    for b, row in enumerate(kind.tolist()):
+        for i, what in enumerate(row):
+            inside[b, i], cut[b, i] = True, what == CUT
+            if what != MOVE:
+                cut[b, i:] = what == CUT
+                break
+    return inside, cut
+
+
 @pytest.mark.parametrize("gamma", [0.9, -1.0, 1.0])
 @pytest.mark.parametrize(("n", "K"), [(1, 1), (3, 2), (5, 5), (20, 3)])
 def test_targets_are_those_of_a_slow_loop(gamma, n, K):
@@ -361,25 +374,32 @@ def test_targets_are_those_of_a_slow_loop(gamma, n, K):
         last = np.flatnonzero(kind != MOVE)[-1]
         starts = [t for t in range(last + 1) if kind[t] != CUT]
         windows = np.array(starts)[:, None] + np.arange(K + n + 1)
-        steps = np.random.default_rng(seed).integers(1, n + 1, len(starts))  # of each row its own
-        sums, row, factor = muzero.n_step(padded[0][windows], padded[2][windows], steps, K, gamma)
+        reward_in, value_in, kind_in = (x[windows] for x in padded)
+        inside, cut = episode_of(kind_in)
+        moved = inside & ~cut
+        sums, row, factor = muzero.n_step(reward_in * moved, inside, cut, n, K, gamma)
         z = sums + factor * padded[1][np.array(starts)[:, None] + row]
+        # Where nothing is to be corrected V-trace is the same
+        corrected = muzero.vtrace(reward_in * moved, value_in * inside, 1.0 * moved, n, K, gamma)
+        assert np.allclose(np.where(cut[:, : K + 1], 0, corrected), np.where(cut[:, : K + 1], 0, z))
         for i, t in enumerate(starts):
             for k in range(K + 1):
-                inside = t + k < len(first) and first[t + k] == first[t]
-                if inside and kind[t + k] == CUT:
+                same = t + k < len(first) and first[t + k] == first[t]
+                if same and kind[t + k] == CUT:
                     continue  # no loss there
-                expected = slow_target(reward, value, kind, t + k, steps[i], gamma) if inside else 0.0
+                expected = slow_target(reward, value, kind, t + k, n, gamma) if same else 0.0
                 assert z[i, k] == pytest.approx(expected, abs=1e-9), (t, k)
 
 
 def test_a_won_game_told_from_both_sides():
     """Five moves of tic-tac-toe, the first player wins with the last one: +1 for it, −1 for the other, in turn."""
     reward, kind = np.array([[0, 0, 0, 0, 1.0, 7, 7, 7]]), np.array([[MOVE] * 4 + [END] + [MOVE] * 3])
-    sums, _, factor = muzero.n_step(reward, kind, np.array([3]), 4, -1.0)
+    inside, cut = episode_of(kind)
+    sums, _, factor = muzero.n_step(reward * inside, inside, cut, 3, 4, -1.0)
     assert sums[0].tolist() == [0, 0, 1, -1, 1] and factor[0].tolist() == [-1, -1, 0, 0, 0]
     reward, kind = np.pad(reward, ((0, 0), (0, 9))), np.pad(kind, ((0, 0), (0, 9)))
-    sums, _, factor = muzero.n_step(reward, kind, np.array([9]), 5, -1.0)
+    inside, cut = episode_of(kind)
+    sums, _, factor = muzero.n_step(reward * inside, inside, cut, 9, 5, -1.0)
     assert sums[0].tolist() == [1, -1, 1, -1, 1, 0] and not factor.any()
 
 
@@ -398,7 +418,8 @@ def filled(rows=64, n=2, K=3, steps=100, games=2, seed=0, stack=1):
         cut = ~ends & (rng.random(games) < 0.1)
         row = {
             "action": rng.integers(2, size=games), "reward": rng.normal(size=games), "value": rng.normal(size=games),
-            "policy": rng.dirichlet([1, 1], size=games), "kind": np.where(ends, END, MOVE), "age": ages.copy(),
+            "policy": rng.dirichlet([1, 1], size=games), "chance": rng.uniform(0.1, 1, size=games),
+            "kind": np.where(ends, END, MOVE), "age": ages.copy(),
         }  # fmt: skip
         obs = np.repeat(np.array([[len(p)] for p in played], np.float32), stack, 1)
         store.add(every, obs, **row)
@@ -416,12 +437,13 @@ def filled(rows=64, n=2, K=3, steps=100, games=2, seed=0, stack=1):
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
-@pytest.mark.parametrize(("fresh", "stale"), [(False, 0), (True, 0), (True, 40)])
-def test_batches_hold_what_was_played(prioritized, fresh, stale):
-    """Against a loop over the rows, after the ring went round. With `stale` old rows look less far ahead."""
-    most, K, gamma = 3, 3, 0.9
-    store, played = filled(n=most, K=K)
-    args, seen, used = Args(steps=most, unroll=K, gamma=gamma, stale=stale, consistency=1.0), [], set()
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("vtrace", [False, True])
+def test_batches_hold_what_was_played(prioritized, fresh, vtrace):
+    """Against a loop over the rows, after the ring went round."""
+    n, K, gamma = 3, 3, 0.9
+    store, played = filled(n=n, K=K)
+    args, seen = Args(steps=n, unroll=K, gamma=gamma, vtrace=vtrace, consistency=1.0), []
     np.random.seed(0)
     for _ in range(30):
         games, numbers, weight = store.draw(16, prioritized, 0.5, 1.0)
@@ -429,8 +451,6 @@ def test_batches_hold_what_was_played(prioritized, fresh, stale):
         batch = muzero.make_batch(store, games, numbers, weight, value_of, gamma, args, CPU)
         for b, (g, t) in enumerate(zip(games, numbers, strict=True)):
             seen.append((g, t))
-            n = max(1, most - 2 * (store.made[g] - t) // stale) if stale else most  # two games: moves of both
-            used.add(n)
             assert batch.obs[b, 0] == t and store.made[g] - 64 <= t < store.made[g]
             rows, state = played[g], "going"
             for k in range(K + 1):
@@ -442,16 +462,20 @@ def test_batches_hold_what_was_played(prioritized, fresh, stale):
                 if state == "going":
                     assert k == 0 or batch.later[k - 1, b, 0] == t + k
                     assert np.allclose(batch.policy[b, k], row["policy"])
-                    z, discount, at = 0.0, 1.0, t + k
-                    for _ in range(n):
-                        z, discount, at = z + discount * rows[at]["reward"], discount * gamma, at + 1
-                        if rows[at - 1]["kind"] == END:
-                            discount = 0.0
-                        if discount == 0 or rows[at]["kind"] == CUT:
+                    z, trusted, at = 0.0, 1.0, t + k
+                    value = value_in(rows, fresh)
+                    for i in range(n):
+                        # What was played counts as far as it would be played now, if it is to be corrected
+                        move = rows[at]
+                        share = min(1.0, move["policy"][move["action"]] / move["chance"]) if vtrace else 1.0
+                        after = 0.0 if move["kind"] == END else value(at + 1)
+                        z += gamma**i * trusted * (value(at) * (1 - share) + share * move["reward"])
+                        z += gamma ** (i + 1) * trusted * share * after
+                        trusted, at = trusted * share, at + 1
+                        if move["kind"] == END or rows[at]["kind"] == CUT or i == n - 1:
                             break
-                    if discount:
-                        z += discount * (1_000.0 + at if fresh else rows[at]["value"])
-                    assert float(batch.value[b, k]) == pytest.approx(z, abs=1e-3)
+                        z -= gamma ** (i + 1) * trusted * after  # in place of it comes what follows
+                    assert float(batch.value[b, k]) == pytest.approx(z, rel=1e-6, abs=1e-3)
                 elif state == "ended":
                     assert batch.value[b, k] == 0
                 if k < K and state != "cut":
@@ -460,10 +484,47 @@ def test_batches_hold_what_was_played(prioritized, fresh, stale):
                         assert batch.action[b, k] == row["action"]
                 if row is not None and row["kind"] == END:
                     state = "ended"
-    assert used == ({1, 2, 3} if stale else {3})
     oldest = {g: min(t for game, t in seen if game == g) for g in (0, 1)}
     assert all(t - (store.made[g] - 64) < 6 for g, t in oldest.items())  # nearly all that is kept is drawn
     assert {played[g][t]["kind"] for g, t in seen} >= {MOVE, END}
+
+
+def value_in(rows, fresh):
+    return lambda at: 1_000.0 + at if fresh else rows[at]["value"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vtrace_values_the_present_policy(seed):
+    """Five states for ever, played by an older policy μ: learned with ratios, the values are those of the policy that is
+    min(μ, π) made to sum to 1, which is π where μ tried enough of everything; without them those of μ."""
+    rng = np.random.default_rng(seed)
+    S, A, gamma, n = 5, 2, 0.9, 3
+    move, prize = rng.dirichlet(np.ones(S), (S, A)), rng.normal(size=(S, A))
+    old, new = rng.dirichlet(np.full(A, 5.0), S), np.where(prize == prize.max(1, keepdims=True), 0.95, 0.05)
+
+    def truth(policy):
+        P, r = np.einsum("sa,sat->st", policy, move), (policy * prize).sum(1)
+        return np.linalg.solve(np.eye(S) - gamma * P, r)
+
+    length = 20_000
+    state, state_in, actions = 0, [], []
+    for _ in range(length + n):
+        action = int(rng.random() < old[state, 1])
+        state_in.append(state)
+        actions.append(action)
+        state = rng.choice(S, p=move[state, action])
+    state_in, actions = np.array(state_in), np.array(actions)
+    windows = np.arange(length)[:, None] + np.arange(n + 1)
+    reward = prize[state_in, actions][windows]
+    ratio = np.minimum(new / old, 1.0)[state_in, actions][windows]
+    both = np.minimum(old, new)
+    between = truth(both / both.sum(1, keepdims=True))
+    for weights, expected in ((ratio, between), (ratio * 0 + 1, truth(old))):
+        value = np.zeros(S)
+        for _ in range(150):  # each state's value: the mean of its targets
+            targets = muzero.vtrace(reward, value[state_in[windows]], weights, n, 0, gamma)[:, 0]
+            value = np.bincount(state_in[:length], targets, S) / np.bincount(state_in[:length], minlength=S)
+        assert np.abs(value - expected).max() < 0.15 * np.abs(between - truth(old)).min()
 
 
 def test_what_is_not_over_is_drawn_only_as_far_as_its_targets_are_known():
