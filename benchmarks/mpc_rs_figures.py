@@ -14,10 +14,7 @@ import csv
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +24,9 @@ import tyro
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from run import place, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TEN = "--eval-episodes 10"
@@ -67,39 +67,16 @@ class Args:
     """Runs at a time, each with one thread."""
 
 
-def run(job: tuple[str, Path, list[str]]) -> None:
-    """One training run of a script in a process of its own; a .json beside the folder holds its wall-clock."""
-    name, folder, flags = job
-    clock = folder.with_suffix(".json")
-    if clock.exists():
-        return
-    begun = (folder / "checkpoint.pt").exists()
-    command = ["--resume", str(folder)] if begun else [*flags, "--run-dir", str(folder)]
-    start = time.perf_counter()
-    script = [sys.executable, str(ROOT / "algos" / f"{name}.py")]
-    result = subprocess.run(
-        [*script, *command, "--no-progress"], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    if result.returncode:
-        raise SystemExit(result.stderr)
-    clock.write_text(json.dumps({"seconds": time.perf_counter() - start, "resumed": begun}))
-
-
 def train_all(
     script: str, variants: dict[str, str], seeds: int, runs: Path, workers: int, first: int = 1
 ) -> dict[str, list[Path]]:
     """Every variant (label → command line) with every seed from `first` on: label → its finished run folders."""
-    names = {label: re.sub(r"[^\w ]", "", flags).replace(" ", "_") for label, flags in variants.items()}
-    numbers = range(first, first + seeds)
-    folders = {label: [runs / f"{name}_{seed}" for seed in numbers] for label, name in names.items()}
-    runs.mkdir(parents=True, exist_ok=True)
-    jobs = [(script, folders[label][number], [*flags.split(), "--seed", str(first + number)])
-            for number in range(seeds) for label, flags in variants.items()]  # fmt: skip
+    every = {label: [place(script, flags, first + i, runs) for i in range(seeds)] for label, flags in variants.items()}
+    jobs = [of_one[i] for i in range(seeds) for of_one in every.values()]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for number, _ in enumerate(pool.imap(run, jobs), 1):
+        for number, _ in enumerate(pool.imap(train, jobs), 1):
             print(f"{number} of {len(jobs)} runs done", flush=True)
-    return folders
+    return {label: [run.folder for run in of_one] for label, of_one in every.items()}
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -119,7 +96,7 @@ def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def minutes(folders: list[Path]) -> str:
     """The mean wall-clock of the runs that were never stopped."""
-    clocks = [json.loads(folder.with_suffix(".json").read_text()) for folder in folders]
+    clocks = [json.loads(folder.with_name(folder.name + ".json").read_text()) for folder in folders]
     whole = [clock["seconds"] / 60 for clock in clocks if not clock["resumed"]]
     return f"{np.mean(whole):.1f}" if whole else ""
 

@@ -2,6 +2,7 @@
 
     python benchmarks/muzero_figures.py cartpole        # five seeds of the default preset
     python benchmarks/muzero_figures.py search          # the paper's search beside Gumbel's
+    python benchmarks/muzero_figures.py returns         # with and without the correction of old returns
     python benchmarks/muzero_figures.py tictactoe       # self-play, then 400 games against each opponent
     python benchmarks/muzero_figures.py connect4
 
@@ -27,15 +28,16 @@ from mpc_rs_figures import curve, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {  # label → command line, and the number of seeds
-    "cartpole": ({"MuZero": ""}, 5),
+    "cartpole": ({"MuZero": "cartpole"}, 5),
     "search": (
         {
-            "pUCT, 25 simulations": "--search puct",
-            "Gumbel, 25 simulations": "",
-            "Gumbel, 4 simulations": "--simulations 4",
+            "pUCT, 25 simulations": "cartpole --search puct",
+            "Gumbel, 25 simulations": "cartpole",
+            "Gumbel, 4 simulations": "cartpole --simulations 4",
         },
         3,
     ),
+    "returns": ({"V-trace": "cartpole", "n-step returns": "cartpole --no-vtrace"}, 3),
     "tictactoe": ({"tic-tac-toe": "tictactoe"}, 1),
     "connect4": ({"Connect Four": "connect4"}, 1),
 }

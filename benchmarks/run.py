@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> Path:
-        """Is there when the run is done, and says how long it took."""
+        """Is there when the run is done, and says what it was and how long it took."""
         return self.folder.with_name(self.folder.name + ".json")
 
     @property
@@ -87,12 +87,25 @@ def parse(line: str, runs: Path) -> list[Run]:
         stop(f"{line!r} must begin with seeds, as 1-5 or 1,2,7")
     if not (ROOT / "algos" / f"{name}.py").is_file():
         stop(f"{line!r} names no file of algos/ after the seeds")
-    words = re.sub(r"[^\w.-]+", "_", f"{name} {flags}".strip().replace(" --", "__"))
     numbers = []
     for part in seeds.split(","):
         first, last = (part.split("-") * 2)[:2]
         numbers += range(int(first), int(last) + 1)
-    return [Run(name, flags, seed, (runs / f"{words}__{seed}").resolve()) for seed in numbers]
+    return [place(name, flags, seed, runs) for seed in numbers]
+
+
+def place(name: str, flags: str, seed: int, runs: Path) -> Run:
+    words = re.sub(r"[^\w.-]+", "_", f"{name} {flags}".strip().replace(" --", "__"))
+    return Run(name, flags, seed, (runs / f"{words}__{seed}").resolve())
+
+
+def commit() -> str:
+    """Of this checkout; with a + where files have changed since. Empty where it is none."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def die_with_parent() -> None:
@@ -101,8 +114,8 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def train(run: Run, threads: int) -> None:
-    """In a Ray worker: one run, begun or gone on with, to its end."""
+def train(run: Run, threads: int = 1) -> None:
+    """In a process of its own: one run, begun or gone on with, to its end."""
     if run.finished.exists():
         return
     go_on = (run.folder / "checkpoint.pt").exists()
@@ -130,9 +143,10 @@ def train(run: Run, threads: int) -> None:
     if process.returncode:
         kind = WrongSetting if process.returncode == 2 else RuntimeError
         raise kind(run.output.read_text().strip().splitlines()[-1])
-    seconds = {"seconds": time.perf_counter() - start, "resumed": go_on}
+    seconds = time.perf_counter() - start
+    known = {"name": run.name, "flags": run.flags, "seed": run.seed, "commit": commit()}
     temporary = run.finished.with_suffix(".tmp")
-    temporary.write_text(json.dumps(seconds))
+    temporary.write_text(json.dumps({**known, "seconds": seconds, "resumed": go_on}))
     temporary.rename(run.finished)
 
 

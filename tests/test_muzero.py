@@ -495,8 +495,8 @@ def value_in(rows, fresh):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_vtrace_values_the_present_policy(seed):
-    """Five states for ever, played by an older policy μ: learned with ratios, the values are those of the policy that is
-    min(μ, π) made to sum to 1, which is π where μ tried enough of everything; without them those of μ."""
+    """Five states for ever, played by an older policy μ. Learned with ratios, the values are those of the policy that
+    is min(μ, π) made to sum to 1 (π, where μ tried enough of everything); without them those of μ."""
     rng = np.random.default_rng(seed)
     S, A, gamma, n = 5, 2, 0.9, 3
     move, prize = rng.dirichlet(np.ones(S), (S, A)), rng.normal(size=(S, A))

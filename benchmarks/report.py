@@ -1,0 +1,308 @@
+"""Curves, figures and tables of what benchmarks/run.py trained, so that no number is typed by hand.
+
+    python benchmarks/report.py --runs runs/benchmarks     # read the finished runs, then draw and write
+    python benchmarks/report.py                            # draw and write anew from benchmarks/results/runs
+    python benchmarks/report.py --check                    # write nothing; name what differs from the curves
+
+Each finished run becomes benchmarks/results/runs/<run>.csv, and a row of benchmarks/results/runs.csv that says what it
+was. A task is a file and its preset; all flags that it was run with share docs/figures/report_<file>_<preset>.png, with
+the numbers of papers and public logs from benchmarks/marks.csv. In README.md and docs/*.md two kinds of markers, which
+GitHub does not show, are filled:
+
+    <!-- report: mbpo pendulum -->  a table and its figure  <!-- end of report -->
+    <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
+
+Needs scipy: pip install -r benchmarks/requirements.txt
+"""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX = ("run", "file", "flags", "seed", "commit", "steps", "minutes")
+SCORES = ("eval/success_rate", "eval/episodic_return")  # what is reported: the first that a run has
+KEPT = re.compile(r"eval/|charts/episodic_return")
+
+
+@dataclass
+class Args:
+    runs: Optional[Path] = None
+    """Read the finished runs in this folder of benchmarks/run.py first."""
+    check: bool = False
+    """Write nothing; end with an error if a page differs from what the curves say."""
+
+
+class Run(NamedTuple):
+    """A finished run: a row of runs.csv, with its curves."""
+
+    run: str
+    file: str
+    flags: str
+    seed: int
+    commit: str
+    steps: int
+    minutes: float  # not a number where it was stopped in between
+    curves: dict[str, np.ndarray]  # tag → [N, 3]: step, minutes since its first event, value
+
+    @property
+    def task(self) -> str:
+        """File and preset."""
+        preset = self.flags.split()[0] if self.flags and not self.flags.startswith("-") else ""
+        return f"{self.file} {preset}".strip()
+
+    @property
+    def score(self) -> np.ndarray:
+        return next(self.curves[tag] for tag in SCORES if tag in self.curves)
+
+
+# ── From runs to CSV ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_run(finished: Path) -> Run:
+    """The events of one run; `finished` is what benchmarks/run.py writes when it is done."""
+    known, name = json.loads(finished.read_text()), finished.name.removesuffix(".json")
+    events = EventAccumulator(str(finished.with_name(name)), size_guidance={"scalars": 0}).Reload()
+    begin, curves = events.FirstEventTimestamp(), {}
+    for tag in filter(KEPT.match, events.Tags()["scalars"]):
+        curves[tag] = np.array([(e.step, (e.wall_time - begin) / 60, e.value) for e in events.Scalars(tag)])
+    steps = int(max(curve[-1, 0] for curve in curves.values()))
+    minutes = float("nan") if known["resumed"] else known["seconds"] / 60
+    return Run(name, known["name"], known["flags"], known["seed"], known["commit"], steps, minutes, curves)
+
+
+def thinned(curve: np.ndarray, most: int = 200) -> np.ndarray:
+    """Evaluations are few, episodes many: of those the means of so many equal parts."""
+    if len(curve) <= most:
+        return curve
+    return np.array([part.mean(0) for part in np.array_split(curve, most)])
+
+
+def save_runs(runs: list[Run], results: Path) -> None:
+    """Beside those that are there; a run of the same name takes the old one's place."""
+    (results / "runs").mkdir(parents=True, exist_ok=True)
+    rows = {run.run: run for run in [*load_runs(results), *runs]}
+    for run in runs:
+        with open(results / "runs" / f"{run.run}.csv", "w", newline="") as file:
+            out = csv.writer(file, lineterminator="\n")
+            out.writerow(("tag", "step", "minutes", "value"))
+            for tag, curve in sorted(run.curves.items()):
+                for step, minutes, value in thinned(curve):
+                    out.writerow((tag, f"{step:.0f}", f"{minutes:.3f}", f"{value:.6g}"))
+    with open(results / "runs.csv", "w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(INDEX)
+        for run in sorted(rows.values(), key=lambda run: (run.file, run.flags, run.seed)):
+            minutes = "" if np.isnan(run.minutes) else f"{run.minutes:.2f}"
+            out.writerow((run.run, run.file, run.flags, run.seed, run.commit, run.steps, minutes))
+
+
+def load_runs(results: Path) -> list[Run]:
+    if not (results / "runs.csv").exists():
+        return []
+    runs = []
+    with open(results / "runs.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            curves: dict[str, list] = {}
+            with open(results / "runs" / f"{row['run']}.csv", newline="") as points:
+                for point in csv.DictReader(points):
+                    numbers = [float(point[name]) for name in ("step", "minutes", "value")]
+                    curves.setdefault(point["tag"], []).append(numbers)
+            row |= {"seed": int(row["seed"]), "steps": int(row["steps"]), "minutes": float(row["minutes"] or "nan")}
+            runs.append(Run(**row, curves={tag: np.array(curve) for tag, curve in curves.items()}))
+    return runs
+
+
+# ── Statistics ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bootstrap(samples: np.ndarray, statistic: Callable = np.mean) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval over the seeds, [seeds, ...] → low, high [...]; one seed has none."""
+    from scipy import stats
+
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    found = stats.bootstrap(
+        (samples,), statistic, axis=0, n_resamples=2_000, method="percentile", rng=np.random.default_rng(0)
+    )
+    return found.confidence_interval.low, found.confidence_interval.high
+
+
+def iqm(samples: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The mean of the middle half."""
+    from scipy import stats
+
+    return stats.trim_mean(samples, 0.25, axis)
+
+
+def digits(values: np.ndarray) -> int:
+    """So many behind the point that three or four figures show."""
+    return int(np.clip(2 - np.floor(np.log10(max(np.abs(values).max(), 1e-9))), 0, 3))
+
+
+def spread(values: np.ndarray) -> str:
+    """The mean and its interval."""
+    low, high = bootstrap(values)
+    n = digits(values)
+    middle = f"{values.mean():.{n}f}"
+    return f"{middle} [{low:.{n}f}, {high:.{n}f}]".replace("-", "−") if len(values) > 1 else middle.replace("-", "−")
+
+
+def on_a_grid(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps [N], mean minutes [N], values [seeds, N]: each seed's curve where the shortest one was evaluated."""
+    steps = min((run.score[:, 0] for run in runs), key=lambda grid: (grid[-1], len(grid)))
+    values = np.array([np.interp(steps, run.score[:, 0], run.score[:, 2]) for run in runs])
+    minutes = np.mean([np.interp(steps, run.score[:, 0], run.score[:, 1]) for run in runs], 0)
+    return steps, minutes, values
+
+
+# ── Figures and tables ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def groups_of(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Task → flags → its seeds."""
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in sorted(runs, key=lambda run: (run.file, run.flags, run.seed)):
+        groups.setdefault(run.task, {}).setdefault(run.flags, []).append(run)
+    return groups
+
+
+def name_of(task: str) -> str:
+    return f"report_{task.replace(' ', '_')}"
+
+
+def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(9.2, 3.4), dpi=90)
+    axes = figure.subplots(1, 2, sharey=True)
+    for number, runs in enumerate(variants.values()):
+        steps, minutes, values = on_a_grid(runs)
+        low, high = bootstrap(values)
+        for axis, x, column in zip(axes, (steps, minutes), (0, 1), strict=True):
+            for run in runs:
+                axis.plot(run.score[:, column], run.score[:, 2], color=f"C{number}", linewidth=0.5, alpha=0.5)
+            axis.plot(x, values.mean(0), color=f"C{number}", label=command(runs[0]), linewidth=1.6)
+            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.18, linewidth=0)
+    for mark in marks:
+        if f"{mark['file']} {mark['preset']}".strip() == task:
+            axes[0].plot(float(mark["step"]), float(mark["value"]), "k*", markersize=8)
+            at = (float(mark["step"]), float(mark["value"]))
+            axes[0].annotate(mark["label"], at, (4, -9), textcoords="offset points", fontsize=6)
+    axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    axes[0].set(xlabel="steps", ylabel="evaluation")
+    axes[1].set(xlabel="minutes")
+    axes[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def command(run: Run) -> str:
+    return f"{run.file}.py {run.flags}".strip()
+
+
+def table(task: str, variants: dict[str, list[Run]], figure: str) -> str:
+    lines = [
+        "| command | seeds | steps | last evaluation, mean and 95 % interval | IQM | each seed | minutes |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for runs in variants.values():
+        last = np.array([run.score[-1, 2] for run in runs])
+        n = digits(last)
+        each = ", ".join(f"{value:.{n}f}" for value in last).replace("-", "−")
+        middle = f"{iqm(last):.{n}f}".replace("-", "−") if len(last) >= 5 else ""
+        lines.append(
+            f"| `{command(runs[0])}` | {seeds(runs)} | {runs[0].steps:,} | {spread(last)} | {middle} | {each} "
+            f"| {clock(runs)} |"
+        )
+    lines += ["", f"![{task}: evaluations over steps and minutes]({figure})", ""]
+    commits = sorted({run.commit for runs in variants.values() for run in runs if run.commit})
+    lines.append(f"*Thin: single seeds. Thick: their mean, with its interval. Commit {', '.join(commits)}.*")
+    return "\n".join(lines)
+
+
+def seeds(runs: list[Run]) -> str:
+    numbers = [run.seed for run in runs]
+    if numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 1:
+        return f"{numbers[0]}–{numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def clock(runs: list[Run]) -> str:
+    """Mean minutes of those that were never stopped."""
+    whole = [run.minutes for run in runs if not np.isnan(run.minutes)]
+    return f"{np.mean(whole):.1f}" if whole else ""
+
+
+def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optional[str]:
+    """The text of a small marker; None where nothing is known yet: what stands there stays."""
+    if what == "lines":
+        return f"{len((ROOT / 'algos' / f'{of}.py').read_text().splitlines()):,}"
+    file, _, flags = of.partition(" ")
+    task = Run("", file, flags, 0, "", 0, 0.0, {}).task
+    if not (runs := groups.get(task, {}).get(flags)):
+        return None
+    last = np.array([run.score[-1, 2] for run in runs])
+    texts = {"last": lambda: spread(last), "minutes": lambda: clock(runs), "steps": lambda: f"{runs[0].steps:,}"}
+    return {**texts, "seeds": lambda: str(len(runs))}[what]()
+
+
+TABLE = re.compile(r"(<!-- report: (?P<task>[^>]+?) -->\n).*?(\n<!-- end of report -->)", re.DOTALL)
+CELL = re.compile(r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[^>]+?) -->)(?P<old>.*?)(<!-- \. -->)")
+
+
+def filled(text: str, page: Path, groups: dict[str, dict[str, list[Run]]]) -> str:
+    """A page with what its markers ask for."""
+
+    def fill_table(found: re.Match) -> str:
+        task = found["task"]
+        if task not in groups:
+            return found[0]
+        up = "" if page.parent.name == "docs" else "docs/"
+        return f"{found[1]}\n{table(task, groups[task], f'{up}figures/{name_of(task)}.png')}\n{found[3]}"
+
+    def fill_cell(found: re.Match) -> str:
+        new = cell(found["what"], found["of"], groups)
+        return found[0] if new is None else f"{found[1]}{new}{found[5]}"
+
+    return CELL.sub(fill_cell, TABLE.sub(fill_table, text))
+
+
+def main(args: Args) -> None:
+    results, marks = ROOT / "benchmarks" / "results", []
+    if args.runs is not None:
+        finished = sorted(path for path in args.runs.glob("*.json") if path.with_suffix("").is_dir())
+        if not finished:
+            print(f"report.py: {args.runs} holds no finished run of benchmarks/run.py", file=sys.stderr)
+            raise SystemExit(2)
+        save_runs([read_run(path) for path in finished], results)
+        print(f"{len(finished)} runs read")
+    groups = groups_of(load_runs(results))
+    if (ROOT / "benchmarks" / "marks.csv").exists():
+        with open(ROOT / "benchmarks" / "marks.csv", newline="") as file:
+            marks = list(csv.DictReader(file))
+    for task, variants in {} if args.check else groups.items():
+        draw(task, variants, marks, ROOT / "docs" / "figures" / f"{name_of(task)}.png")
+    differ = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = page.read_text()
+        if (new := filled(old, page, groups)) != old:
+            differ.append(str(page.relative_to(ROOT)))
+            if not args.check:
+                page.write_text(new)
+    if args.check and differ:
+        print(f"not what the curves say: {', '.join(differ)}; run python benchmarks/report.py", file=sys.stderr)
+        raise SystemExit(1)
+    print(f"{len(groups)} tasks; {'written: ' + ', '.join(differ) if differ else 'all pages are as the curves say'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0]))

@@ -1,0 +1,151 @@
+"""benchmarks/report.py: what it writes is what the runs measured."""
+
+import csv
+import importlib.util
+
+import helpers
+import house
+import numpy as np
+import pytest
+
+report = house.load(helpers.ROOT / "benchmarks" / "report.py")
+runner = house.load(helpers.ROOT / "benchmarks" / "run.py")
+with_scipy = pytest.mark.skipif(
+    importlib.util.find_spec("scipy") is None, reason="pip install -r benchmarks/requirements.txt"
+)
+PAGE = """A page.
+
+<!-- report: dyna_q maze -->
+old
+<!-- end of report -->
+
+<!-- report: dyna_q cliff -->
+nobody ran it
+<!-- end of report -->
+
+| <!-- last dyna_q maze --> old <!-- . --> | <!-- minutes dyna_q maze --><!-- . --> |
+<!-- seeds dyna_q maze -->x<!-- . -->, <!-- lines dyna_q -->1<!-- . -->, <!-- last mage pendulum -->as typed<!-- . -->
+"""
+
+
+def a_run(seed=1, file="dyna_q", flags="maze", values=(1.0, 2.0), steps=(10, 20), minutes=3.0):
+    curve = np.array([(s, s / 10, v) for s, v in zip(steps, values, strict=True)])
+    name = f"{file}_{flags}__{seed}"
+    return report.Run(name, file, flags, seed, "abc", int(steps[-1]), minutes, {"eval/episodic_return": curve})
+
+
+def at(folder, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", folder)
+    for name in ("docs/figures", "benchmarks/results"):
+        (folder / name).mkdir(parents=True)
+    (folder / "algos").symlink_to(helpers.ROOT / "algos")
+
+
+@with_scipy
+def test_pages_say_what_the_runs_measured(tmp_path, monkeypatch, capsys):
+    at(tmp_path, monkeypatch)
+    flags = "maze --total-timesteps 600 --eval-every 200 --picture-every 0"
+    (tmp_path / "README.md").write_text(PAGE)
+    (tmp_path / "docs" / "dyna_q.md").write_text(PAGE.replace("dyna_q maze", f"dyna_q {flags}", 0))
+    for seed in (3, 4):
+        runner.train(runner.place("dyna_q", "maze", seed, tmp_path / "none")._replace(
+            flags=flags, folder=tmp_path / "runs" / f"dyna_q_maze__{seed}"))  # fmt: skip
+    report.main(report.Args(runs=tmp_path / "runs"))
+    last = []
+    for seed in (3, 4):
+        events = report.EventAccumulator(str(tmp_path / "runs" / f"dyna_q_maze__{seed}")).Reload()
+        points = [(e.step, e.value) for e in events.Scalars("eval/episodic_return")]
+        with open(tmp_path / f"benchmarks/results/runs/dyna_q_maze__{seed}.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["tag"] == "eval/episodic_return"]
+        assert [(int(row["step"]), float(row["value"])) for row in rows] == [
+            (step, pytest.approx(value, rel=1e-5)) for step, value in points
+        ]
+        last.append(points[-1][1])
+    text = (tmp_path / "docs" / "dyna_q.md").read_text()
+    n = report.digits(np.array(last))
+    each = ", ".join(f"{value:.{n}f}" for value in last).replace("-", "−")
+    assert f"| `dyna_q.py {flags}` | 3–4 | 600 |" in text and f"| {each} |" in text
+    assert "(figures/report_dyna_q_maze.png)" in text
+    assert "(docs/figures/report_dyna_q_maze.png)" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "docs/figures/report_dyna_q_maze.png").stat().st_size > 5_000
+    assert "nobody ran it" in text and "-->as typed<!--" in text  # of what was not run nothing is said anew
+
+    report.main(report.Args(check=True))  # and now nothing differs
+    report.main(report.Args())
+    assert (tmp_path / "docs" / "dyna_q.md").read_text() == text
+    (tmp_path / "docs" / "dyna_q.md").write_text(text.replace(f"| {each} |", "| 99 |"))
+    with pytest.raises(SystemExit):
+        report.main(report.Args(check=True))
+    assert "docs/dyna_q.md" in capsys.readouterr().err
+
+
+@with_scipy
+def test_small_markers_hold_single_numbers(tmp_path, monkeypatch):
+    at(tmp_path, monkeypatch)
+    groups = report.groups_of([a_run(1, values=(0, -120.04)), a_run(2, values=(0, -130.08), minutes=float("nan"))])
+    text = report.filled(PAGE, tmp_path / "README.md", groups)
+    assert "<!-- last dyna_q maze -->−125 [−130, −120]<!-- . -->" in text
+    assert "<!-- minutes dyna_q maze -->3.0<!-- . -->" in text  # that of the run that was never stopped
+    assert "<!-- seeds dyna_q maze -->2<!-- . -->" in text
+    lines = len((helpers.ROOT / "algos/dyna_q.py").read_text().splitlines())
+    assert f"<!-- lines dyna_q -->{lines:,}<!-- . -->" in text
+
+
+@with_scipy
+def test_intervals_are_those_of_a_mean():
+    """Of many seeds: 1.96 standard errors. Of one: none."""
+    samples = np.random.default_rng(0).normal(size=(400, 2)) * [1, 5]
+    low, high = report.bootstrap(samples)
+    assert np.allclose(high - low, 2 * 1.96 * samples.std(0) / 20, rtol=0.1)
+    assert ((low < samples.mean(0)) & (samples.mean(0) < high)).all()
+    low, high = report.bootstrap(samples[:1])
+    assert np.array_equal(low, high) and report.spread(np.array([-3.0])) == "−3.00"
+
+
+@with_scipy
+def test_the_middle_half():
+    assert report.iqm(np.array([-1e6, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1e6])) == 3.5
+    five = [a_run(seed, values=(0, last)) for seed, last in enumerate([9e3, 1, 2, 3, 4])]
+    four = [a_run(seed, values=(0, last)) for seed, last in enumerate([9, 1, 2, 3])]
+    assert "| 3 |" in report.table("t", {"": five}, "f")  # the middle three
+    text = report.table("t", {"": four}, "f")
+    assert "| 3.75 [" in text and "] |  | 9.00, 1.00, 2.00, 3.00 |" in text  # of four there is none
+
+
+def test_seeds_that_were_evaluated_elsewhere_are_read_between_their_points():
+    steps, minutes, values = report.on_a_grid([a_run(1), a_run(2, steps=(5, 15), values=(0.0, 10.0))])
+    assert steps.tolist() == [5, 15] and minutes.tolist() == [pytest.approx(0.75), pytest.approx(1.5)]
+    assert values.tolist() == [[1.0, 1.5], [0.0, 10.0]]
+
+
+def test_long_curves_become_means_of_their_parts():
+    curve = np.stack([np.arange(1_000.0), np.arange(1_000.0) / 7, np.random.default_rng(0).normal(size=1_000)], 1)
+    thin = report.thinned(curve)
+    assert thin.shape == (200, 3) and np.allclose(thin.mean(0), curve.mean(0))
+    assert np.allclose(thin[0], curve[:5].mean(0)) and report.thinned(thin) is thin
+
+
+def test_runs_come_back_from_their_files(tmp_path):
+    first = [a_run(1), a_run(2, values=(3.5, -7.25), minutes=float("nan"))]
+    report.save_runs(first, tmp_path)
+    report.save_runs([a_run(1, values=(8.0, 9.0)), a_run(1, flags="cliff --gamma 0.5")], tmp_path)  # one anew, one more
+    runs = {(run.flags, run.seed): run for run in report.load_runs(tmp_path)}
+    assert set(runs) == {("maze", 1), ("maze", 2), ("cliff --gamma 0.5", 1)}
+    assert runs["maze", 1].score[:, 2].tolist() == [8, 9] and runs["maze", 2].score[:, 2].tolist() == [3.5, -7.25]
+    assert runs["maze", 1].minutes == 3 and np.isnan(runs["maze", 2].minutes)
+    assert runs["cliff --gamma 0.5", 1].task == "dyna_q cliff"
+
+
+@with_scipy
+def test_the_pages_are_as_the_committed_curves_say():
+    report.main(report.Args(check=True))
+
+
+def test_every_line_of_the_table_can_be_run(tmp_path):
+    runs = [run for line in (helpers.ROOT / "benchmarks/bars.txt").read_text().splitlines()
+            for run in runner.parse(line, tmp_path)]  # fmt: skip
+    assert {run.name for run in runs} == {path.stem for path in house.scripts(helpers.ROOT)}
+    for name, flags in {(run.name, run.flags) for run in runs}:
+        script = house.load(helpers.ROOT / "algos" / f"{name}.py")
+        args = script.parse_args(flags.split())
+        assert args.total_timesteps > 0
