@@ -39,7 +39,7 @@ The algorithm (section 3 and appendices B, D, G of the paper):
 Symbols (paper → this file):
     h, g, f → representation, dynamics, prediction      s → hidden          p, v, r → policy, value, reward
     N(s,a), Q(s,a), P(s,a), R(s,a) → visits, q, prior, reward of Tree       c₁, c₂ → c1, c2
-    π, ν → Found.policy, Found.value       z, u → n_step, reward            K → unroll       n → steps       γ → gamma
+    π, ν → Found.policy, Found.value       z, u → n_step or vtrace, reward  K → unroll       n → steps       γ → gamma
     h(x) of Appendix F → squash            φ(x) → two_hot                   α, β → priority_alpha, priority_beta
 
 Two players are one with γ = −1: each reward and value is told from the side of who is to move, and what is good for the
@@ -1031,7 +1031,7 @@ def draw_search(seen: Seen, rules: Optional["Rules"], title: str) -> np.ndarray:
         colour = (q - low) / (high - low) if high > low else 0.5
         line, width = ([x[node], x[child]], [-depth[node], -depth[child]]), 0.5 + 4.5 * n / best
         axes[0].plot(*line, color=(1 - colour, 0.45, colour), linewidth=width, solid_capstyle="round")
-        if node == 0:
+        if node == 0 and n > best / 4:  # others would hide each other
             axes[0].annotate(f"{a}: {n}", (x[child], -1), fontsize=7, ha="center", va="bottom")
     axes[0].plot(x[0], 0, "ko", markersize=4)
     axes[0].set_axis_off()

@@ -9,7 +9,6 @@ experiment writes benchmarks/results/dreamer_v2_<name>.csv and docs/figures/drea
 """
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, minutes, train_all
+from mpc_rs_figures import curve, interval, load, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {
@@ -58,8 +57,7 @@ def forks(folder: Path, episodes: int = 40, samples: int = 100) -> tuple[np.ndar
     """What the model of a finished run foresees for the ball's jump when all before it was seen: in how many of the
     samples the ball is at the left, at the right, at both places, at neither, and in how many it is plainly at one of
     them; and a strip of pictures: the last one that was seen, what is foreseen on average, and nine samples."""
-    spec = importlib.util.spec_from_file_location("dreamer_v2", ROOT / "algos" / "dreamer_v2.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    module = load("dreamer_v2")
     settings = json.loads((folder / "args.json").read_text())
     args = module.Args(**{name: value for name, value in settings.items() if name != "algorithm"})
     env = module.make_task(args)

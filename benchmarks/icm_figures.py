@@ -11,7 +11,6 @@ experiment writes benchmarks/results/icm_<name>.csv and docs/figures/icm_<name>.
 """
 
 import csv
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, minutes, train_all
+from mpc_rs_figures import curve, interval, load, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE, LONG = 21, 400  # tiles a side, steps of an episode: in the default maze random moves leave too little to find
@@ -79,9 +78,7 @@ class Args:
 
 def random_walk(seed: int, steps: list[int]) -> list[tuple[int, float]]:
     """Tiles of the large maze that random moves have visited until each of these steps of 64 environments together."""
-    spec = importlib.util.spec_from_file_location("icm", ROOT / "algos" / "icm.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    mazes, rng, done, points = module.CuriousMazes(64, LARGE, LONG), np.random.default_rng(seed), 0, []
+    mazes, rng, done, points = load("icm").CuriousMazes(64, LARGE, LONG), np.random.default_rng(seed), 0, []
     mazes.reset(seed=seed)
     seen = np.zeros(mazes.walls.shape, bool)
     for step in steps:

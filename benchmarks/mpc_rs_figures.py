@@ -11,12 +11,14 @@ experiment writes benchmarks/results/mpc_rs_<name>.csv and docs/figures/mpc_rs_<
 """
 
 import csv
+import importlib.util
 import json
 import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -77,6 +79,13 @@ def train_all(
         for number, _ in enumerate(pool.imap(train, jobs), 1):
             print(f"{number} of {len(jobs)} runs done", flush=True)
     return {label: [run.folder for run in of_one] for label, of_one in every.items()}
+
+
+def load(name: str) -> ModuleType:
+    """A file of algos/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent.parent / "algos" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:

@@ -11,7 +11,6 @@ experiment writes benchmarks/results/muzero_<name>.csv and docs/figures/muzero_<
 """
 
 import csv
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, minutes, train_all
+from mpc_rs_figures import curve, load, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {  # label → command line, and the number of seeds
@@ -65,9 +64,7 @@ class Args:
 
 def against(folder: Path, opponent: str, depth: int, games: int = GAMES) -> dict[str, list[int]]:
     """Wins, draws and losses of a finished run without dice, where the agent began and where the opponent did."""
-    spec = importlib.util.spec_from_file_location("muzero", ROOT / "algos" / "muzero.py")
-    sys.modules["muzero"] = muzero = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(muzero)
+    muzero = load("muzero")
     saved = muzero.read_settings(folder)
     saved = replace(saved, opponent=opponent, opponent_depth=depth or saved.opponent_depth)
     muzero.seed_everything(saved.seed)

@@ -221,7 +221,6 @@ def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     runner = house.load(helpers.ROOT / "benchmarks" / "icm_figures.py")
     short = "maze --envs 4 --horizon 25 --episode-limit 60 --total-timesteps 800 --eval-every 400 --picture-every 200"
     short += " --log-every 100 --hidden 8 --feature-size 4 --model-hidden 8"
-    (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
     writes_into(tmp_path, runner, monkeypatch)
     for name, variants in (
         ("maze", {"ICM": short, "PPO alone": f"{short} --reward extrinsic"}),
@@ -244,7 +243,6 @@ def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
 @pytest.mark.learning  # they train
 def test_the_dreamers_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_figures.py")
-    (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
     writes_into(tmp_path, runner, monkeypatch)
     flags = "--obs vector --total-timesteps 1000 --random-steps 200 --train-every 50 --pretrain 2 --batch-size 4 "
     flags += "--batch-length 8 --horizon 3 --eval-every 200 --eval-max-steps 20 --picture-every 0 --log-every 200"
@@ -261,7 +259,6 @@ def test_the_dreamers_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
 @pytest.mark.learning  # they train
 def test_dreamer_v2s_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_v2_figures.py")
-    (tmp_path / "algos").symlink_to(helpers.ROOT / "algos")
     writes_into(tmp_path, runner, monkeypatch)
     flags = "--total-timesteps 400 --random-steps 150 --train-every 50 --pretrain 2 --batch-size 4 --batch-length 8 "
     flags += "--horizon 3 --depth 2 --eval-every 200 --eval-episodes 2 --picture-every 200 --log-every 100"
