@@ -41,6 +41,7 @@ Symbols (paper → this file):
     N(s,a), Q(s,a), P(s,a), R(s,a) → visits, q, prior, reward of Tree       c₁, c₂ → c1, c2
     π, ν → Found.policy, Found.value       z, u → n_step or vtrace, reward  K → unroll       n → steps       γ → gamma
     h(x) of Appendix F → squash            φ(x) → two_hot                   α, β → priority_alpha, priority_beta
+    ρ, μ of V-trace → ratio, the column "chance" of Histories
 
 Two players are one with γ = −1: each reward and value is told from the side of who is to move, and what is good for the
 next mover is bad for this one. The search, the store and the losses never ask whose move it is.
@@ -147,12 +148,13 @@ class Args:
     """After so many moves of a game the most visited action is taken; 0: never."""
     openings: int = 0
     """Boards: a game of self-play begins after 0 to so many random moves, which are not kept."""
-    gamma: float = 0.99
+    gamma: float = 0.997
     """γ: discount. For a game of two players its sign is turned."""
     steps: int = 10
     """n of the n-step returns; at least the length of a game: its outcome alone."""
     vtrace: bool = False
-    """Returns of old positions are corrected: what was played then counts as far as the search would play it now."""
+    """Returns of old positions are corrected: what was played then counts as far as the last search of the position
+    would play it. Needs --reanalyze."""
     unroll: int = 5
     """K: steps that the model is unrolled in learning."""
     fresh_values: bool = True
@@ -245,7 +247,7 @@ BOARD = Args(  # outcomes are −1, 0 or 1, and known at the end alone
     temperature_steps=0, batch_size=256, train_every=16, eval_episodes=100, log_every=5_000,
 )  # fmt: skip
 GAME = Args(  # the paper's Atari settings where they fit one GPU
-    simulations=50, gamma=0.997, support=300, envs=32, steps=10, eval_episodes=5, channels=64, blocks=2, hidden=256,
+    simulations=50, support=300, envs=32, steps=10, eval_episodes=5, channels=64, blocks=2, hidden=256,
     noise_alpha=0.25, batch_size=256, replay_size=125_000, learning_starts=2_000, train_every=10, prioritized=True,
     reanalyze=0.0, value_weight=0.25, learning_rate=1e-3, decay_steps=1_000_000, total_timesteps=1_000_000,
     temperature_steps=1_000_000, log_every=5_000, eval_every=50_000, eval_max_steps=5_000,
@@ -272,7 +274,7 @@ PRESETS = {
     "lunarlander": (
         "LunarLander-v3, needs box2d",
         Args(
-            env_id="LunarLander-v3", simulations=50, gamma=0.997, total_timesteps=500_000, temperature_steps=300_000,
+            env_id="LunarLander-v3", simulations=50, total_timesteps=500_000, temperature_steps=300_000,
             train_every=4, decay_steps=500_000, hidden=256, latent=128, eval_every=25_000, picture_every=50_000,
             log_every=5_000, checkpoint_every=50_000, replay_size=200_000,
         ),
@@ -679,16 +681,15 @@ class TreePlanner:
 
 
 def draw_actions(found: Found, temperature: np.ndarray, args: Args) -> tuple[np.ndarray, np.ndarray]:
-    """Step (2): p(a) ∝ N(a)^(1/T), T [B]; 0: the most visited. The Gumbel search has its dice at the root already, and
-    its actions are near to draws from π'. Actions, and how likely each was."""
+    """Step (2): p(a) ∝ N(a)^(1/T), T [B]; 0: the most visited. The Gumbel search has its dice at the root already:
+    where it considers every action what it takes is near to a draw from π'. Actions, and how likely each was."""
     every = np.arange(len(found.visits))
     if args.search == "gumbel":
         return found.best, found.policy[every, found.best]
-    logs, T = np.log(np.maximum(found.visits, 1e-12)), temperature[:, None]
+    logs, T = np.where(found.visits > 0, np.log(np.maximum(found.visits, 1)), -np.inf), temperature[:, None]
     # Gumbel's way to draw: argmax of log p + g
-    scores = np.where(found.visits > 0, logs + T * np.random.gumbel(size=logs.shape), -np.inf)
-    action = scores.argmax(1)
-    return action, np.where(temperature > 0, softmax(logs / np.maximum(T, 1e-3))[every, action], 1.0)
+    action = (logs + T * np.random.gumbel(size=logs.shape)).argmax(1)
+    return action, np.where(temperature > 0, softmax(logs / np.where(T > 0, T, 1.0))[every, action], 1.0)
 
 
 def temperature(args: Args, step: int, moves: np.ndarray) -> np.ndarray:
@@ -835,8 +836,8 @@ def vtrace(
     reward: np.ndarray, value: np.ndarray, ratio: np.ndarray, steps: int, unroll: int, gamma: float
 ) -> np.ndarray:
     """Espeholt et al., Eq. 1: z_t = ν_t + Σ_{i<n} γ^i c_t ... c_{t+i−1} ρ_{t+i} (u_{t+i+1} + γ ν_{t+i+1} − ν_{t+i}) for
-    t, ..., t + K. `ratio` is ρ = c = min(1, π(a) / μ(a)), of the policy now and then; all 1: n_step. Windows as there,
-    with 0 for what is not of the episode."""
+    t, ..., t + K. `ratio` is ρ = c = min(1, π(a) / μ(a)), μ the policy that played, π the last one that was searched
+    for; all 1: n_step. Windows as there, with 0 for what is not of the episode."""
     surprise, width = reward[:, :-1] + gamma * value[:, 1:] - value[:, :-1], unroll + 1
     target, weight = value[:, :width].copy(), np.ones((len(value), width))
     for i in range(steps):
@@ -1097,6 +1098,8 @@ def check_settings(args: Args) -> None:
         stop(f"--replay-size {args.replay_size} is too small for {args.envs} games that look {args.steps} steps ahead")
     if (rules := BOARDS.get(args.env_id)) and args.openings > 2 * rules.line - 2:
         stop(f"--openings is {args.openings}: {args.env_id} could be won by then, {2 * rules.line - 2} is the most")
+    if args.vtrace and not args.reanalyze:
+        stop("--vtrace goes by what old positions are searched to be: give it some --reanalyze, or --no-vtrace")
     if args.batch_size > args.replay_size:
         stop(f"--batch-size {args.batch_size} is more than the --replay-size {args.replay_size} that is kept")
     if args.opponent == "perfect" and args.env_id == "ConnectFour-v0":

@@ -13,9 +13,10 @@ experiment writes benchmarks/results/mpc_rs_<name>.csv and docs/figures/mpc_rs_<
 import csv
 import importlib.util
 import json
-import multiprocessing
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,12 +73,21 @@ class Args:
 def train_all(
     script: str, variants: dict[str, str], seeds: int, runs: Path, workers: int, first: int = 1
 ) -> dict[str, list[Path]]:
-    """Every variant (label → command line) with every seed from `first` on: label → its finished run folders."""
+    """Every variant (label → command line) with every seed from `first` on: label → its finished run folders. Ctrl-C
+    stops each run at a checkpoint."""
     every = {label: [place(script, flags, first + i, runs) for i in range(seeds)] for label, flags in variants.items()}
     jobs = [of_one[i] for i in range(seeds) for of_one in every.values()]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for number, _ in enumerate(pool.imap(train, jobs), 1):
-            print(f"{number} of {len(jobs)} runs done", flush=True)
+    stopping = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        done = [pool.submit(train, job, to_stop=stopping.is_set) for job in jobs]
+        try:
+            for number, one in enumerate(as_completed(done), 1):
+                one.result()
+                print(f"{number} of {len(jobs)} runs done", flush=True)
+        except BaseException:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     return {label: [run.folder for run in of_one] for label, of_one in every.items()}
 
 

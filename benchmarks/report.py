@@ -5,9 +5,10 @@
     python benchmarks/report.py --check                    # write nothing; name what differs from the curves
 
 Each finished run becomes benchmarks/results/runs/<run>.csv, and a row of benchmarks/results/runs.csv that says what it
-was. A task is a file and its preset; all flags that it was run with share docs/figures/report_<file>_<preset>.png, with
-the numbers of papers and public logs from benchmarks/marks.csv. In README.md and docs/*.md two kinds of markers, which
-GitHub does not show, are filled:
+was. What is read takes the place of all that was there of the same command. A task is a file and its preset; all flags
+that it was run with share docs/figures/report_<file>_<preset>.png, with the numbers of papers and public logs from
+benchmarks/marks.csv (a line across where a mark has no step). In README.md and docs/*.md two kinds of markers, which
+GitHub does not show, are filled; what nobody ran stays as it is:
 
     <!-- report: mbpo pendulum -->  a table and its figure  <!-- end of report -->
     <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
@@ -31,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ("run", "file", "flags", "seed", "commit", "steps", "minutes")
-SCORES = ("eval/success_rate", "eval/episodic_return")  # what is reported: the first that a run has
+SCORE = {"vin": "eval/success_rate"}  # what is reported; of other files the return
 KEPT = re.compile(r"eval/|charts/episodic_return")
 
 
@@ -62,8 +63,22 @@ class Run(NamedTuple):
         return f"{self.file} {preset}".strip()
 
     @property
+    def tag(self) -> str:
+        return SCORE.get(self.file, "eval/episodic_return")
+
+    @property
     def score(self) -> np.ndarray:
-        return next(self.curves[tag] for tag in SCORES if tag in self.curves)
+        return self.curves[self.tag]
+
+    @property
+    def drawn(self) -> str:
+        """The tag of the curve: the episodes of training, where there was no evaluation but the last."""
+        return self.tag if len(self.score) > 1 else "charts/episodic_return"
+
+
+def stop(message: str) -> None:
+    print(f"report.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 # ── From runs to CSV ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,33 +91,41 @@ def read_run(finished: Path) -> Run:
     begin, curves = events.FirstEventTimestamp(), {}
     for tag in filter(KEPT.match, events.Tags()["scalars"]):
         curves[tag] = np.array([(e.step, (e.wall_time - begin) / 60, e.value) for e in events.Scalars(tag)])
+    if SCORE.get(known["name"], "eval/episodic_return") not in curves:
+        stop(f"{finished} was written by a run without an evaluation")
     steps = int(max(curve[-1, 0] for curve in curves.values()))
     minutes = float("nan") if known["resumed"] else known["seconds"] / 60
     return Run(name, known["name"], known["flags"], known["seed"], known["commit"], steps, minutes, curves)
 
 
-def thinned(curve: np.ndarray, most: int = 200) -> np.ndarray:
-    """Evaluations are few, episodes many: of those the means of so many equal parts."""
-    if len(curve) <= most:
+def thinned(tag: str, curve: np.ndarray, most: int = 200) -> np.ndarray:
+    """Of the many episodes of training the means of so many equal parts; evaluations stay as they are."""
+    if len(curve) <= most or tag.startswith("eval/"):
         return curve
     return np.array([part.mean(0) for part in np.array_split(curve, most)])
 
 
 def save_runs(runs: list[Run], results: Path) -> None:
-    """Beside those that are there; a run of the same name takes the old one's place."""
+    """Beside those that are there of other commands."""
     (results / "runs").mkdir(parents=True, exist_ok=True)
-    rows = {run.run: run for run in [*load_runs(results), *runs]}
+    new = {(run.file, run.flags) for run in runs}
+    rows = list(runs)
+    for run in load_runs(results):
+        if (run.file, run.flags) in new:
+            (results / "runs" / f"{run.run}.csv").unlink()
+        else:
+            rows.append(run)
     for run in runs:
         with open(results / "runs" / f"{run.run}.csv", "w", newline="") as file:
             out = csv.writer(file, lineterminator="\n")
             out.writerow(("tag", "step", "minutes", "value"))
             for tag, curve in sorted(run.curves.items()):
-                for step, minutes, value in thinned(curve):
+                for step, minutes, value in thinned(tag, curve):
                     out.writerow((tag, f"{step:.0f}", f"{minutes:.3f}", f"{value:.6g}"))
     with open(results / "runs.csv", "w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(INDEX)
-        for run in sorted(rows.values(), key=lambda run: (run.file, run.flags, run.seed)):
+        for run in sorted(rows, key=lambda run: (run.file, run.flags, run.seed)):
             minutes = "" if np.isnan(run.minutes) else f"{run.minutes:.2f}"
             out.writerow((run.run, run.file, run.flags, run.seed, run.commit, run.steps, minutes))
 
@@ -147,7 +170,8 @@ def iqm(samples: np.ndarray, axis: int = 0) -> np.ndarray:
 
 def digits(values: np.ndarray) -> int:
     """So many behind the point that three or four figures show."""
-    return int(np.clip(2 - np.floor(np.log10(max(np.abs(values).max(), 1e-9))), 0, 3))
+    largest = np.abs(values).max()
+    return 3 if largest <= 1 else int(np.clip(2 - np.floor(np.log10(largest)), 0, 3))
 
 
 def spread(values: np.ndarray) -> str:
@@ -158,12 +182,13 @@ def spread(values: np.ndarray) -> str:
     return f"{middle} [{low:.{n}f}, {high:.{n}f}]".replace("-", "−") if len(values) > 1 else middle.replace("-", "−")
 
 
-def on_a_grid(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps [N], mean minutes [N], values [seeds, N]: each seed's curve where the shortest one was evaluated."""
-    steps = min((run.score[:, 0] for run in runs), key=lambda grid: (grid[-1], len(grid)))
-    values = np.array([np.interp(steps, run.score[:, 0], run.score[:, 2]) for run in runs])
-    minutes = np.mean([np.interp(steps, run.score[:, 0], run.score[:, 1]) for run in runs], 0)
-    return steps, minutes, values
+def on_a_grid(curves: list[np.ndarray], column: int) -> tuple[np.ndarray, np.ndarray]:
+    """x [N] and values [seeds, N] over the steps (column 0) or minutes (1) that all seeds have, where the one with the
+    fewest points has them; of the others what lies between two points is on the line."""
+    low, high = (f(curve[end, column] for curve in curves) for f, end in ((max, 0), (min, -1)))
+    x = min(curves, key=len)[:, column]
+    x = x[(low <= x) & (x <= high)]
+    return x, np.array([np.interp(x, curve[:, column], curve[:, 2]) for curve in curves])
 
 
 # ── Figures and tables ────────────────────────────────────────────────────────────────────────────────────────────
@@ -185,20 +210,26 @@ def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Pat
     figure = Figure(figsize=(9.2, 3.4), dpi=90)
     axes = figure.subplots(1, 2, sharey=True)
     for number, runs in enumerate(variants.values()):
-        steps, minutes, values = on_a_grid(runs)
-        low, high = bootstrap(values)
-        for axis, x, column in zip(axes, (steps, minutes), (0, 1), strict=True):
-            for run in runs:
-                axis.plot(run.score[:, column], run.score[:, 2], color=f"C{number}", linewidth=0.5, alpha=0.5)
-            axis.plot(x, values.mean(0), color=f"C{number}", label=command(runs[0]), linewidth=1.6)
-            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.18, linewidth=0)
+        for axis, column in zip(axes, (0, 1), strict=True):
+            # A run that was stopped in between has no clock
+            curves = [run.curves[run.drawn] for run in runs if column == 0 or not np.isnan(run.minutes)]
+            for curve in curves:
+                axis.plot(curve[:, column], curve[:, 2], color=f"C{number}", linewidth=0.5, alpha=0.5)
+            if curves:
+                x, values = on_a_grid(curves, column)
+                axis.plot(x, values.mean(0), color=f"C{number}", label=command(runs[0]), linewidth=1.6)
+                axis.fill_between(x, *bootstrap(values), color=f"C{number}", alpha=0.18, linewidth=0)
     for mark in marks:
         if f"{mark['file']} {mark['preset']}".strip() == task:
-            axes[0].plot(float(mark["step"]), float(mark["value"]), "k*", markersize=8)
-            at = (float(mark["step"]), float(mark["value"]))
-            axes[0].annotate(mark["label"], at, (4, -9), textcoords="offset points", fontsize=6)
+            value, text = float(mark["value"]), {"textcoords": "offset points", "fontsize": 6}
+            if mark["step"]:
+                axes[0].plot(float(mark["step"]), value, "k*", markersize=8)
+                axes[0].annotate(mark["label"], (float(mark["step"]), value), (4, -9), **text)
+            else:
+                axes[0].axhline(value, color="black", linewidth=0.7, linestyle=":")
+                axes[0].annotate(mark["label"], (0, value), (4, 3), **text)
     axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    axes[0].set(xlabel="steps", ylabel="evaluation")
+    axes[0].set(xlabel="steps", ylabel=", ".join({run.drawn for runs in variants.values() for run in runs}))
     axes[1].set(xlabel="minutes")
     axes[0].legend(fontsize=6)
     figure.tight_layout()
@@ -220,13 +251,21 @@ def table(task: str, variants: dict[str, list[Run]], figure: str) -> str:
         each = ", ".join(f"{value:.{n}f}" for value in last).replace("-", "−")
         middle = f"{iqm(last):.{n}f}".replace("-", "−") if len(last) >= 5 else ""
         lines.append(
-            f"| `{command(runs[0])}` | {seeds(runs)} | {runs[0].steps:,} | {spread(last)} | {middle} | {each} "
+            f"| `{command(runs[0])}` | {seeds(runs)} | {steps(runs)} | {spread(last)} | {middle} | {each} "
             f"| {clock(runs)} |"
         )
     lines += ["", f"![{task}: evaluations over steps and minutes]({figure})", ""]
-    commits = sorted({run.commit for runs in variants.values() for run in runs if run.commit})
-    lines.append(f"*Thin: single seeds. Thick: their mean, with its interval. Commit {', '.join(commits)}.*")
+    every = [run for runs in variants.values() for run in runs]
+    commits = ", ".join(dict.fromkeys(commit for run in every for commit in run.commit.split()))
+    few = min(len(runs) for runs in variants.values()) < 4
+    warning = " Of two or three seeds it is little more than their range." if few else ""
+    lines.append(f"*`{every[0].tag}`. Thin: seeds. Thick: their mean, with its interval.{warning} Commit {commits}.*")
     return "\n".join(lines)
+
+
+def steps(runs: list[Run]) -> str:
+    low, high = min(run.steps for run in runs), max(run.steps for run in runs)
+    return f"{low:,}" if high < 1.02 * low else f"{low:,} to {high:,}"
 
 
 def seeds(runs: list[Run]) -> str:
@@ -245,22 +284,27 @@ def clock(runs: list[Run]) -> str:
 def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optional[str]:
     """The text of a small marker; None where nothing is known yet: what stands there stays."""
     if what == "lines":
-        return f"{len((ROOT / 'algos' / f'{of}.py').read_text().splitlines()):,}"
-    file, _, flags = of.partition(" ")
-    task = Run("", file, flags, 0, "", 0, 0.0, {}).task
-    if not (runs := groups.get(task, {}).get(flags)):
+        path = ROOT / "algos" / f"{of}.py"
+        return f"{len(path.read_text().splitlines()):,}" if path.is_file() else None
+    # The preset with no flag behind it
+    if not (runs := groups.get(of, {}).get(of.partition(" ")[2])):
         return None
     last = np.array([run.score[-1, 2] for run in runs])
-    texts = {"last": lambda: spread(last), "minutes": lambda: clock(runs), "steps": lambda: f"{runs[0].steps:,}"}
+    texts = {"last": lambda: spread(last), "minutes": lambda: clock(runs), "steps": lambda: steps(runs)}
     return {**texts, "seeds": lambda: str(len(runs))}[what]()
 
 
-TABLE = re.compile(r"(<!-- report: (?P<task>[^>]+?) -->\n).*?(\n<!-- end of report -->)", re.DOTALL)
-CELL = re.compile(r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[^>]+?) -->)(?P<old>.*?)(<!-- \. -->)")
+TABLE = re.compile(
+    r"(^<!-- report: (?P<task>[\w -]+?) -->\n)(?:(?!<!-- report: ).)*?(\n<!-- end of report -->)", re.DOTALL | re.M
+)
+CELL = re.compile(r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[\w -]+?) -->)([^\n`]*?)(<!-- \. -->)")
 
 
 def filled(text: str, page: Path, groups: dict[str, dict[str, list[Run]]]) -> str:
     """A page with what its markers ask for."""
+
+    if len(re.findall("^<!-- report: ", text, re.M)) != len(TABLE.findall(text)):
+        stop(f"{page.name} has a report without its end, or an end without its report")
 
     def fill_table(found: re.Match) -> str:
         task = found["task"]
@@ -279,10 +323,11 @@ def filled(text: str, page: Path, groups: dict[str, dict[str, list[Run]]]) -> st
 def main(args: Args) -> None:
     results, marks = ROOT / "benchmarks" / "results", []
     if args.runs is not None:
+        if args.check:
+            stop("--check writes nothing: leave out --runs")
         finished = sorted(path for path in args.runs.glob("*.json") if path.with_suffix("").is_dir())
         if not finished:
-            print(f"report.py: {args.runs} holds no finished run of benchmarks/run.py", file=sys.stderr)
-            raise SystemExit(2)
+            stop(f"{args.runs} holds no finished run of benchmarks/run.py")
         save_runs([read_run(path) for path in finished], results)
         print(f"{len(finished)} runs read")
     groups = groups_of(load_runs(results))
@@ -301,7 +346,7 @@ def main(args: Args) -> None:
     if args.check and differ:
         print(f"not what the curves say: {', '.join(differ)}; run python benchmarks/report.py", file=sys.stderr)
         raise SystemExit(1)
-    print(f"{len(groups)} tasks; {'written: ' + ', '.join(differ) if differ else 'all pages are as the curves say'}")
+    print(f"{len(groups)} tasks; {'written: ' + ', '.join(differ) if differ else 'the pages are as their curves say'}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple, Optional
@@ -67,6 +68,14 @@ class Run(NamedTuple):
     def output(self) -> Path:
         return self.folder.with_name(self.folder.name + ".log")
 
+    @property
+    def commits(self) -> Path:
+        """Which code it was begun and gone on with."""
+        return self.folder.with_name(self.folder.name + ".commits")
+
+
+ALL_DONE = "steps already: raise --total-timesteps"  # what a script says to --resume after its last checkpoint
+
 
 class WrongSetting(Exception):
     """The script refused its settings: to try again would not help."""
@@ -82,7 +91,7 @@ def parse(line: str, runs: Path) -> list[Run]:
     line = line.split("#")[0].strip()
     if not line:
         return []
-    seeds, name, flags = [*line.split(maxsplit=2), "", ""][:3]
+    seeds, name, *flags = [*line.split(), ""][: max(len(line.split()), 2)]
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", seeds):
         stop(f"{line!r} must begin with seeds, as 1-5 or 1,2,7")
     if not (ROOT / "algos" / f"{name}.py").is_file():
@@ -91,7 +100,7 @@ def parse(line: str, runs: Path) -> list[Run]:
     for part in seeds.split(","):
         first, last = (part.split("-") * 2)[:2]
         numbers += range(int(first), int(last) + 1)
-    return [place(name, flags, seed, runs) for seed in numbers]
+    return [place(name, " ".join(flags), seed, runs) for seed in numbers]
 
 
 def place(name: str, flags: str, seed: int, runs: Path) -> Run:
@@ -99,27 +108,36 @@ def place(name: str, flags: str, seed: int, runs: Path) -> Run:
     return Run(name, flags, seed, (runs / f"{words}__{seed}").resolve())
 
 
-def commit() -> str:
-    """Of this checkout; with a + where files have changed since. Empty where it is none."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+def commit(name: str) -> str:
+    """Of this checkout; with a + where that file of algos/ has changed since. Empty where there is none."""
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", f"algos/{name}.py"], capture_output=True)
     except OSError:  # no git
         return ""
+    return "" if head.returncode else head.stdout.strip() + "+" * (changed.returncode == 1)
+
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def die_with_parent() -> None:
     """A run must not outlive the worker that watches it: the next one goes on in the same folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if LIBC:
+        LIBC.prctl(1, signal.SIGKILL)
 
 
-def train(run: Run, threads: int = 1) -> None:
-    """In a process of its own: one run, begun or gone on with, to its end."""
+def train(run: Run, threads: int = 1, to_stop: Callable[[], bool] = lambda: False) -> None:
+    """In a process of its own: one run, begun or gone on with, to its end, or until it is to stop."""
     if run.finished.exists():
+        if json.loads(run.finished.read_text()).get("flags", run.flags) != run.flags:
+            raise WrongSetting(f"{run.folder} holds a run of other flags")
         return
     go_on = (run.folder / "checkpoint.pt").exists()
     if not go_on:
+        for left in (run.output, run.commits):
+            left.unlink(missing_ok=True)
         shutil.rmtree(run.folder, ignore_errors=True)  # killed before its first checkpoint
     begin = [*run.flags.split(), "--seed", str(run.seed), "--run-dir", str(run.folder)]
     flags = ["--resume", str(run.folder)] if go_on else begin
@@ -127,24 +145,32 @@ def train(run: Run, threads: int = 1) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    with open(run.commits, "a") as known:
+        print(commit(run.name), file=known)
     with open(run.output, "a") as output:
         print("$", shlex.join(command), file=output, flush=True)
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent, start_new_session=True,  # Ctrl-C comes to it once, from here
         )  # fmt: skip
         try:
             while process.poll() is None:  # a cancelled task is interrupted between two looks
                 time.sleep(0.2)
+                if to_stop():
+                    raise KeyboardInterrupt
         except BaseException:
             process.terminate()  # the run writes a checkpoint
             process.wait()
             raise
     if process.returncode:
-        kind = WrongSetting if process.returncode == 2 else RuntimeError
-        raise kind(run.output.read_text().strip().splitlines()[-1])
+        last = run.output.read_text().strip().splitlines()[-1]
+        if go_on and ALL_DONE in last:  # killed in its last evaluation, after its last checkpoint: begin anew
+            shutil.rmtree(run.folder)
+            return train(run, threads, to_stop)
+        raise (WrongSetting if process.returncode == 2 else RuntimeError)(last)
     seconds = time.perf_counter() - start
-    known = {"name": run.name, "flags": run.flags, "seed": run.seed, "commit": commit()}
+    commits = " ".join(dict.fromkeys(run.commits.read_text().split()))  # a run that went on may have several
+    known = {"name": run.name, "flags": run.flags, "seed": run.seed, "commit": commits}
     temporary = run.finished.with_suffix(".tmp")
     temporary.write_text(json.dumps({**known, "seconds": seconds, "resumed": go_on}))
     temporary.rename(run.finished)

@@ -404,6 +404,7 @@ CASES = {
             ("--steps 0", "--steps"),
             ("--steps 300", "--replay-size"),
             ("--env-id TicTacToe-v0 --openings 5", "--openings"),
+            ("--reanalyze 0", "--vtrace"),
             ("--batch-size 2000 --replay-size 1000", "--batch-size"),
             ("--gamma 1.1", "--gamma"),
             ("--noise-share 2", "--noise-share"),

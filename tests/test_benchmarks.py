@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import subprocess
 
 import gymnasium as gym
@@ -122,14 +121,25 @@ def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, cap
 def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     """Also where a flag is a path, or has a point in it."""
     runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(runner, "train", lambda run: run.finished.write_text("{}"))
+    monkeypatch.setattr(runner, "train", lambda run, to_stop: run.finished.write_text("{}"))
     all_flags = ("maze8 --data /a/b-c.npz", "maze8 --beta 0.1", "maze8 --beta 0.2", "a --model D", "a --model E")
     variants = {flags: flags for flags in all_flags}
     folders = runner.train_all("vin", variants, 2, tmp_path / "runs", 1)
     assert len(list((tmp_path / "runs").iterdir())) == 10
     assert all(path.parent == tmp_path / "runs" for paths in folders.values() for path in paths)
+
+
+def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
+    """And so does Ctrl-C: what was stopped goes on, what had not begun is not begun."""
+    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
+    long = "maze --total-timesteps 1000000 --eval-every 0 --picture-every 0"
+    variants = {"long": long, "wrong": "maze --gamma 7", "later": "cliff"}
+    with pytest.raises(Exception, match="--gamma"):
+        runner.train_all("dyna_q", variants, 1, tmp_path / "runs", 2)
+    (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    assert "1000000" in folder.name and (folder / "checkpoint.pt").exists()
+    assert not list((tmp_path / "runs").glob("*.json"))
 
 
 def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
@@ -341,26 +351,10 @@ def test_a_plain_update_is_the_fast_one():
 
 
 def writes_into(folder, runner, monkeypatch):
-    """The figures and tables of a runner, whose pool is this process."""
+    """The figures and tables of a runner."""
     for name in ("docs/figures", "benchmarks/results"):
         (folder / name).mkdir(parents=True)
     monkeypatch.setattr(runner, "ROOT", folder)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: InThisProcess())
-
-
-class InThisProcess:
-    """In place of a pool of processes, in which a test's changes would not be seen."""
-
-    def Pool(self, _):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    imap = staticmethod(map)
 
 
 def test_the_plain_planner_is_the_files():

@@ -46,7 +46,7 @@ def test_pages_say_what_the_runs_measured(tmp_path, monkeypatch, capsys):
     at(tmp_path, monkeypatch)
     flags = "maze --total-timesteps 600 --eval-every 200 --picture-every 0"
     (tmp_path / "README.md").write_text(PAGE)
-    (tmp_path / "docs" / "dyna_q.md").write_text(PAGE.replace("dyna_q maze", f"dyna_q {flags}", 0))
+    (tmp_path / "docs" / "dyna_q.md").write_text(PAGE)
     for seed in (3, 4):
         runner.train(runner.place("dyna_q", "maze", seed, tmp_path / "none")._replace(
             flags=flags, folder=tmp_path / "runs" / f"dyna_q_maze__{seed}"))  # fmt: skip
@@ -77,6 +77,10 @@ def test_pages_say_what_the_runs_measured(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         report.main(report.Args(check=True))
     assert "docs/dyna_q.md" in capsys.readouterr().err
+    (tmp_path / "docs" / "dyna_q.md").write_text(text.replace("<!-- end of report -->", "", 1))
+    with pytest.raises(SystemExit):  # nothing is taken for the table that is not
+        report.main(report.Args())
+    assert "report without its end" in capsys.readouterr().err
 
 
 @with_scipy
@@ -113,27 +117,52 @@ def test_the_middle_half():
 
 
 def test_seeds_that_were_evaluated_elsewhere_are_read_between_their_points():
-    steps, minutes, values = report.on_a_grid([a_run(1), a_run(2, steps=(5, 15), values=(0.0, 10.0))])
-    assert steps.tolist() == [5, 15] and minutes.tolist() == [pytest.approx(0.75), pytest.approx(1.5)]
-    assert values.tolist() == [[1.0, 1.5], [0.0, 10.0]]
+    first, second = a_run(1), a_run(2, steps=(8, 15, 24), values=(0.0, 10.0, 1.0))
+    for column, scale in ((0, 1), (1, 0.1)):
+        x, values = report.on_a_grid([first.score, second.score], column)
+        assert np.allclose(x, np.array([10, 20]) * scale)
+        assert np.allclose(values, [[1, 2], [20 / 7, 5]])
+        assert np.allclose(report.on_a_grid([first.score, second.score[1:]], column)[0], [20 * scale])  # not before 15
 
 
 def test_long_curves_become_means_of_their_parts():
     curve = np.stack([np.arange(1_000.0), np.arange(1_000.0) / 7, np.random.default_rng(0).normal(size=1_000)], 1)
-    thin = report.thinned(curve)
+    thin = report.thinned("charts/episodic_return", curve)
     assert thin.shape == (200, 3) and np.allclose(thin.mean(0), curve.mean(0))
-    assert np.allclose(thin[0], curve[:5].mean(0)) and report.thinned(thin) is thin
+    assert np.allclose(thin[0], curve[:5].mean(0)) and report.thinned("charts/episodic_return", thin) is thin
+    assert report.thinned("eval/episodic_return", curve) is curve  # the last evaluation is one
 
 
 def test_runs_come_back_from_their_files(tmp_path):
     first = [a_run(1), a_run(2, values=(3.5, -7.25), minutes=float("nan"))]
     report.save_runs(first, tmp_path)
-    report.save_runs([a_run(1, values=(8.0, 9.0)), a_run(1, flags="cliff --gamma 0.5")], tmp_path)  # one anew, one more
+    report.save_runs([a_run(1, values=(8.0, 9.0), flags="cliff"), a_run(1, flags="cliff --gamma 0.5")], tmp_path)
     runs = {(run.flags, run.seed): run for run in report.load_runs(tmp_path)}
-    assert set(runs) == {("maze", 1), ("maze", 2), ("cliff --gamma 0.5", 1)}
-    assert runs["maze", 1].score[:, 2].tolist() == [8, 9] and runs["maze", 2].score[:, 2].tolist() == [3.5, -7.25]
+    assert set(runs) == {("maze", 1), ("maze", 2), ("cliff", 1), ("cliff --gamma 0.5", 1)}
+    assert runs["cliff", 1].score[:, 2].tolist() == [8, 9] and runs["maze", 2].score[:, 2].tolist() == [3.5, -7.25]
     assert runs["maze", 1].minutes == 3 and np.isnan(runs["maze", 2].minutes)
     assert runs["cliff --gamma 0.5", 1].task == "dyna_q cliff"
+    report.save_runs([a_run(5)], tmp_path)  # the command was run anew: its old seeds go
+    assert {(run.flags, run.seed) for run in report.load_runs(tmp_path)} == set(runs) - {("maze", 1), ("maze", 2)} | {
+        ("maze", 5)
+    }
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@with_scipy
+def test_only_runs_that_were_never_stopped_have_a_clock(tmp_path, monkeypatch):
+    """And a run without evaluations but the last shows its training."""
+    axes = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path: axes.extend(figure.axes))
+    pause = a_run(2, minutes=float("nan"))
+    pause.score[:, 1] = (0, 600)
+    report.draw("dyna_q maze", {"maze": [a_run(1), pause]}, [], tmp_path / "x.png")
+    assert len(axes[0].lines) == 3 and len(axes[1].lines) == 2 and axes[1].get_xlim()[1] < 10
+    trained = a_run(1)
+    trained.curves["charts/episodic_return"] = trained.score
+    trained.curves["eval/episodic_return"] = trained.score[-1:]
+    report.draw("dyna_q maze", {"maze": [trained]}, [], tmp_path / "x.png")
+    assert axes[2].get_ylabel() == "charts/episodic_return" and len(axes[2].lines[0].get_xdata()) == 2
 
 
 @with_scipy

@@ -23,6 +23,7 @@ def test_a_line_is_a_run_for_each_seed(tmp_path):
     assert len({run.folder for run in runs}) == 4 and all(run.folder.parent == tmp_path for run in runs)
     assert runner.parse("5 dyna_q", tmp_path)[0].flags == ""
     assert runner.parse("  # nothing", tmp_path) == runner.parse("", tmp_path) == []
+    assert runner.parse("1  mbpo pendulum   --rollout-length  0", tmp_path) == runs[:1]
     with_other_flags = runner.parse("1 mbpo pendulum --rollout-length 1", tmp_path)
     assert with_other_flags[0].folder != runs[0].folder
 
@@ -62,6 +63,23 @@ def test_how_far_a_run_is_can_be_seen(tmp_path):
     assert one.state == "running" and one.step == 600
     assert one.score == pytest.approx(helpers.scalars(run.folder)["eval/episodic_return"][600])
     assert "100 %" in one.row() and run.folder.name in one.row()
+
+
+def test_a_finished_run_is_not_made_again_and_not_taken_for_another(tmp_path):
+    (run,) = runner.parse("3 dyna_q maze --total-timesteps 400 --eval-every 200", tmp_path)
+    runner.train(run)
+    known = json.loads(run.finished.read_text())
+    assert (known["name"], known["flags"], known["seed"], known["resumed"]) == ("dyna_q", run.flags, 3, False)
+    assert known["seconds"] > 0 and known["commit"] == runner.commit("dyna_q")
+    before = run.output.read_text()
+    runner.train(run)
+    assert run.output.read_text() == before
+    with pytest.raises(runner.WrongSetting, match="other flags"):
+        runner.train(run._replace(flags="maze --gamma 0.5"))
+    # Killed in its last evaluation: the checkpoint says that nothing is left to do, and no result is there
+    run.finished.unlink()
+    runner.train(run)
+    assert json.loads(run.finished.read_text())["resumed"] is False and runner.ALL_DONE not in run.output.read_text()
 
 
 def start(folder, *lines):
