@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -45,7 +46,7 @@ OPPONENTS = {  # of each board: opponent, and how many moves it looks ahead
     "connect4": {"random": 0, "one-ply": 0, "minimax": 2},
 }
 GAMES = 400
-TAGS = ("eval/episodic_return", "charts/episodic_return", "eval/wins", "eval/losses")
+TRAINING = ("charts/episodic_return",)
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Args:
     """Runs at a time, each with one thread."""
 
 
-def against(folder: Path, opponent: str, depth: int, games: int = GAMES) -> dict[str, list[int]]:
+def against(folder: Path, opponent: str, depth: int, games: int) -> dict[str, list[int]]:
     """Wins, draws and losses of a finished run without dice, where the agent began and where the opponent did."""
     muzero = load("muzero")
     saved = muzero.read_settings(folder)
@@ -77,6 +78,47 @@ def against(folder: Path, opponent: str, depth: int, games: int = GAMES) -> dict
         obs, _ = envs[i].reset(seed=seed + 10_000 + i)  # the same game from its beginning: is a stone there already?
         found["second" if obs.any() else "first"][1 - round(value)] += 1
     return found
+
+
+def mistakes(folder: Path) -> list[tuple[str, int, int]]:
+    """Tic-tac-toe: of which positions, how many, and in how many its move gives away what perfect play would have. All
+    of the game's; and those that games of it against perfect play can bring, where either side begins."""
+    muzero = load("muzero")
+    saved, rules = muzero.read_settings(folder), muzero.BOARDS["TicTacToe-v0"]
+    planner = muzero.make_tree_planner(saved, muzero.make_task(saved), torch.device("cpu"))
+    planner.network.load_state_dict(muzero.load_checkpoint(folder)["learned"]["average"])
+
+    def after(board: np.ndarray) -> list[np.ndarray]:
+        """The positions that follow, None where the game is over; in the order of the legal moves."""
+        actions = np.flatnonzero(rules.legal(board[None])[0])
+        boards, _, over = rules.move(np.repeat(board[None], len(actions), 0), actions)
+        return [None if end else one for one, end in zip(boards, over, strict=True)]
+
+    empty = np.zeros((rules.rows, rules.columns), np.int8)
+    every, todo = {}, [empty]
+    while todo:
+        board = todo.pop()
+        if board.tobytes() not in every:
+            every[board.tobytes()] = board
+            todo += [one for one in after(board) if one is not None]
+    worth = {name: muzero.minimax_moves("TicTacToe-v0", board[None], 9) for name, board in every.items()}
+    found = planner.search(muzero.planes_of(np.stack(list(every.values()))))
+    moves = dict(zip(every, found.best.tolist(), strict=True))
+    wrong = {name: np.sign(worth[name][moves[name]]) != np.sign(max(worth[name].values())) for name in every}
+    rows = [("all", len(every), sum(wrong.values()))]
+    for who, todo in (("it begins", [empty]), ("the other begins", after(empty))):
+        met = set()
+        while todo:
+            if (name := todo.pop().tobytes()) in met:
+                continue
+            met.add(name)
+            reply = after(every[name])[list(worth[name]).index(moves[name])]
+            if reply is not None:
+                values = worth[reply.tobytes()]
+                best = [value > max(values.values()) - 1e-9 for value in values.values()]
+                todo += [one for one, good in zip(after(reply), best, strict=True) if good and one is not None]
+        rows.append((who, len(met), sum(wrong[name] for name in met)))
+    return rows
 
 
 def clock(folder: Path, tag: str) -> list[float]:
@@ -96,7 +138,7 @@ def main(args: Args) -> None:
     print(f"\n| {args.name} | seed | evaluations, {'wins' if board else 'mean return'} | minutes |\n|-|-|-|-|")
     for number, label in enumerate(variants):
         for seed, folder in enumerate(folders[label], args.first_seed):
-            for tag in TAGS[: 4 if board else 2]:
+            for tag in ("eval/episodic_return", *(("eval/wins", "eval/losses") if board else TRAINING)):
                 rows += [[label, seed, tag, step, f"{y:.4f}"] for step, y in curve(folder, tag)]
             lines = [("eval/wins", "won", "tab:green"), ("eval/losses", "lost", "tab:red")]
             for tag, name, color in lines if board else [("eval/episodic_return", label, f"C{number}")]:
@@ -118,10 +160,17 @@ def main(args: Args) -> None:
         for opponent, depth in OPPONENTS[args.name].items():
             for label in variants:
                 for seed, folder in enumerate(folders[label], args.first_seed):
-                    for side, counts in against(folder, opponent, depth).items():
+                    for side, counts in against(folder, opponent, depth, GAMES).items():
                         print(f"| {opponent} | {seed} | {side} | {' | '.join(map(str, counts))} |")
                         for what, count in zip(("won", "drawn", "lost"), counts, strict=True):
                             rows.append([label, seed, f"after/{opponent}/{side}/{what}", 0, count])
+    if args.name == "tictactoe":
+        print("\n| positions | seed | number | played wrongly |\n|-|-|-|-|")
+        for label in variants:
+            for seed, folder in enumerate(folders[label], args.first_seed):
+                for which, number, wrong in mistakes(folder):
+                    print(f"| {which} | {seed} | {number:,} | {wrong} |")
+                    rows += [[label, seed, f"positions/{which}", 0, number], [label, seed, f"wrong/{which}", 0, wrong]]
     path = ROOT / "benchmarks" / "results" / f"muzero_{args.name}.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["variant", "seed", "tag", "step", "value"], *rows])

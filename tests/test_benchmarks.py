@@ -290,6 +290,26 @@ def test_dreamer_v2s_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     assert all((tmp_path / f"docs/figures/dreamer_v2_{x}").exists() for x in ("dreams.gif", "codes.png"))
 
 
+@pytest.mark.learning  # they train
+def test_the_boards_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+    runner = house.load(helpers.ROOT / "benchmarks" / "muzero_figures.py")
+    short = "tictactoe --total-timesteps 2000 --envs 16 --simulations 9 --channels 8 --hidden 32 --batch-size 32"
+    variants = {"board": f"{short} --eval-every 1000 --eval-episodes 10 --picture-every 0"}
+    monkeypatch.setitem(runner.EXPERIMENTS, "tictactoe", (variants, 1))
+    monkeypatch.setattr(runner, "GAMES", 30)
+    writes_into(tmp_path, runner, monkeypatch)
+    runner.main(runner.Args(name="tictactoe", runs=tmp_path / "runs", workers=1, first_seed=5))
+    made, table = (tmp_path / "benchmarks/results/muzero_tictactoe.csv").read_text(), capsys.readouterr().out
+    for opponent in ("random", "one-ply", "perfect"):
+        counts = [int(row.split(",")[4]) for row in made.splitlines() if f"after/{opponent}/" in row]
+        assert len(counts) == 6 and sum(counts) == 30
+    assert "board,5,positions/all,0,4520\n" in made and "| all | 5 | 4,520 |" in table  # as the game has
+    wrong = [int(row.split(",")[4]) for row in made.splitlines() if ",wrong/" in row]
+    assert len(wrong) == 3 and wrong[0] > 500 and wrong[1] > 0  # it has hardly learned
+    assert "after/perfect/first/won,0,0\n" in made and "after/perfect/second/won,0,0\n" in made
+    assert (tmp_path / "docs/figures/muzero_tictactoe.png").stat().st_size > 5_000
+
+
 def test_what_the_dreamers_speed_is_compared_with_does_the_same():
     """Time by time, and all times at once: the same loss, with the same noise."""
     block = speed.dreamer_v1
