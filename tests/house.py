@@ -224,6 +224,10 @@ def commands_parse(root: Path) -> list[str]:
             PARSES[known] = parses(load(root / script), shlex.split(flags))
         if not PARSES[known]:
             wrong.append(f"{where} shows a command that does not parse: {script}{flags}")
+    for path in pages(root):
+        for name in " ".join(re.findall(r"`diff (\S+ \S+)`", path.read_text())).split():
+            if not (root / name).is_file():
+                wrong.append(f"{path.name} compares {name}, which is not there")
     return wrong
 
 

@@ -63,6 +63,7 @@ BREAKS = [
     (house.tags_are_explained, swap("docs/dyna_q.md", "| `losses/td_error` |", "| `losses/td_errors` |")),
     (house.commands_parse, swap("README.md", "python algos/dyna_q.py", "python algos/dyna_q.py --alpah 0.1")),
     (house.commands_parse, swap("docs/dyna_q.md", "python algos/dyna_q.py", "python algos/dyna_r.py")),
+    (house.commands_parse, swap("README.md", "`diff algos/mpc_rs.py", "`diff algos/mpc.py")),
     (house.commands_parse, swap("docs/dyna_q.md", "dyna_q_figures.py figure-8-2", "dyna_q_figures.py figure-9-9")),
     (house.links_lead_somewhere, remove("docs/dyna_q.md")),
     (house.links_lead_somewhere, remove("docs/figures/dyna_q_figure_8_2.png")),
