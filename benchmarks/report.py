@@ -1,14 +1,14 @@
 """Curves, figures and tables of what benchmarks/run.py trained, so that no number is typed by hand.
 
     python benchmarks/report.py --runs runs/benchmarks     # read the finished runs, then draw and write
-    python benchmarks/report.py                            # draw and write anew from benchmarks/results/runs
+    python benchmarks/report.py                            # draw and write anew from benchmarks/results
     python benchmarks/report.py --check                    # write nothing; name what differs from the curves
 
-Each finished run becomes benchmarks/results/runs/<run>.csv, and a row of benchmarks/results/runs.csv that says what it
-was. What is read takes the place of all that was there of the same command. A task is a file and its preset; all flags
-that it was run with share docs/figures/report_<file>_<preset>.png, with the numbers of papers and public logs from
-benchmarks/marks.csv (a line across where a mark has no step). In README.md and docs/*.md two kinds of markers, which
-GitHub does not show, are filled; what nobody ran stays as it is:
+Each finished run becomes benchmarks/results/curves/<run>.csv, and a row of benchmarks/results/runs.csv that says what
+it was. What is read takes the place of all that was there of the same command. A task is a file and its preset; all
+flags that it was run with share docs/figures/report_<file>_<preset>.png, where a page has its table, with the numbers
+of papers and public logs from benchmarks/marks.csv (a line across where a mark has no step). In README.md and docs/*.md
+two kinds of markers, which GitHub does not show, are filled; what nobody ran stays as it is:
 
     <!-- report: mbpo pendulum -->  a table and its figure  <!-- end of report -->
     <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
@@ -107,16 +107,16 @@ def thinned(tag: str, curve: np.ndarray, most: int = 200) -> np.ndarray:
 
 def save_runs(runs: list[Run], results: Path) -> None:
     """Beside those that are there of other commands."""
-    (results / "runs").mkdir(parents=True, exist_ok=True)
+    (results / "curves").mkdir(parents=True, exist_ok=True)
     new = {(run.file, run.flags) for run in runs}
     rows = list(runs)
     for run in load_runs(results):
         if (run.file, run.flags) in new:
-            (results / "runs" / f"{run.run}.csv").unlink()
+            (results / "curves" / f"{run.run}.csv").unlink()
         else:
             rows.append(run)
     for run in runs:
-        with open(results / "runs" / f"{run.run}.csv", "w", newline="") as file:
+        with open(results / "curves" / f"{run.run}.csv", "w", newline="") as file:
             out = csv.writer(file, lineterminator="\n")
             out.writerow(("tag", "step", "minutes", "value"))
             for tag, curve in sorted(run.curves.items()):
@@ -137,7 +137,7 @@ def load_runs(results: Path) -> list[Run]:
     with open(results / "runs.csv", newline="") as file:
         for row in csv.DictReader(file):
             curves: dict[str, list] = {}
-            with open(results / "runs" / f"{row['run']}.csv", newline="") as points:
+            with open(results / "curves" / f"{row['run']}.csv", newline="") as points:
                 for point in csv.DictReader(points):
                     numbers = [float(point[name]) for name in ("step", "minutes", "value")]
                     curves.setdefault(point["tag"], []).append(numbers)
@@ -227,7 +227,7 @@ def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Pat
                 axes[0].annotate(mark["label"], (float(mark["step"]), value), (4, -9), **text)
             else:
                 axes[0].axhline(value, color="black", linewidth=0.7, linestyle=":")
-                axes[0].annotate(mark["label"], (0, value), (4, 3), **text)
+                axes[0].annotate(mark["label"], (0.02, value), (0, 3), ("axes fraction", "data"), **text)
     axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
     axes[0].set(xlabel="steps", ylabel=", ".join({run.drawn for runs in variants.values() for run in runs}))
     axes[1].set(xlabel="minutes")
@@ -295,7 +295,7 @@ def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optiona
 
 
 TABLE = re.compile(
-    r"(^<!-- report: (?P<task>[\w -]+?) -->\n)(?:(?!<!-- report: ).)*?(\n<!-- end of report -->)", re.DOTALL | re.M
+    r"(^<!-- report: (?P<task>[\w -]+?) -->\n)(?:(?!<!-- report: ).)*?(^<!-- end of report -->)", re.DOTALL | re.M
 )
 CELL = re.compile(r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[\w -]+?) -->)([^\n`]*?)(<!-- \. -->)")
 
@@ -311,7 +311,7 @@ def filled(text: str, page: Path, groups: dict[str, dict[str, list[Run]]]) -> st
         if task not in groups:
             return found[0]
         up = "" if page.parent.name == "docs" else "docs/"
-        return f"{found[1]}\n{table(task, groups[task], f'{up}figures/{name_of(task)}.png')}\n{found[3]}"
+        return f"{found[1]}\n{table(task, groups[task], f'{up}figures/{name_of(task)}.png')}\n\n{found[3]}"
 
     def fill_cell(found: re.Match) -> str:
         new = cell(found["what"], found["of"], groups)
@@ -334,10 +334,12 @@ def main(args: Args) -> None:
     if (ROOT / "benchmarks" / "marks.csv").exists():
         with open(ROOT / "benchmarks" / "marks.csv", newline="") as file:
             marks = list(csv.DictReader(file))
-    for task, variants in {} if args.check else groups.items():
-        draw(task, variants, marks, ROOT / "docs" / "figures" / f"{name_of(task)}.png")
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    shown = {found["task"] for page in pages for found in TABLE.finditer(page.read_text())}
+    for task in () if args.check else sorted(shown & set(groups)):
+        draw(task, groups[task], marks, ROOT / "docs" / "figures" / f"{name_of(task)}.png")
     differ = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in pages:
         old = page.read_text()
         if (new := filled(old, page, groups)) != old:
             differ.append(str(page.relative_to(ROOT)))

@@ -55,7 +55,7 @@ def test_pages_say_what_the_runs_measured(tmp_path, monkeypatch, capsys):
     for seed in (3, 4):
         events = report.EventAccumulator(str(tmp_path / "runs" / f"dyna_q_maze__{seed}")).Reload()
         points = [(e.step, e.value) for e in events.Scalars("eval/episodic_return")]
-        with open(tmp_path / f"benchmarks/results/runs/dyna_q_maze__{seed}.csv", newline="") as file:
+        with open(tmp_path / f"benchmarks/results/curves/dyna_q_maze__{seed}.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["tag"] == "eval/episodic_return"]
         assert [(int(row["step"]), float(row["value"])) for row in rows] == [
             (step, pytest.approx(value, rel=1e-5)) for step, value in points
@@ -146,7 +146,7 @@ def test_runs_come_back_from_their_files(tmp_path):
     assert {(run.flags, run.seed) for run in report.load_runs(tmp_path)} == set(runs) - {("maze", 1), ("maze", 2)} | {
         ("maze", 5)
     }
-    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert len(list((tmp_path / "curves").iterdir())) == 3
 
 
 @with_scipy
