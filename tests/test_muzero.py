@@ -544,7 +544,7 @@ def test_importance_weights_make_the_mean_a_uniform_one():
     store, _ = filled(rows=40)
     rng = np.random.default_rng(1)
     store.priority = np.where(store.priority > 0, rng.exponential(size=store.priority.shape), 0.0)
-    f = rng.normal(size=store.priority.shape)
+    f = rng.normal(size=store.priority.shape) + store.priority  # what is drawn more often has more of it
     uniform = f[store.priority > 0].mean()
     np.random.seed(0)
     for alpha in (0.5, 1.0):
