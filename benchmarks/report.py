@@ -224,7 +224,7 @@ def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Pat
             value, text = float(mark["value"]), {"textcoords": "offset points", "fontsize": 6}
             if mark["step"]:
                 axes[0].plot(float(mark["step"]), value, "k*", markersize=8)
-                axes[0].annotate(mark["label"], (float(mark["step"]), value), (4, -9), **text)
+                axes[0].annotate(mark["label"], (float(mark["step"]), value), (-4, -9), ha="right", **text)
             else:
                 axes[0].axhline(value, color="black", linewidth=0.7, linestyle=":")
                 axes[0].annotate(mark["label"], (0.02, value), (0, 3), ("axes fraction", "data"), **text)
@@ -257,7 +257,7 @@ def table(task: str, variants: dict[str, list[Run]], figure: str) -> str:
     lines += ["", f"![{task}: evaluations over steps and minutes]({figure})", ""]
     every = [run for runs in variants.values() for run in runs]
     commits = ", ".join(dict.fromkeys(commit for run in every for commit in run.commit.split()))
-    few = min(len(runs) for runs in variants.values()) < 4
+    few = any(1 < len(runs) < 4 for runs in variants.values())
     warning = " Of two or three seeds it is little more than their range." if few else ""
     lines.append(f"*`{every[0].tag}`. Thin: seeds. Thick: their mean, with its interval.{warning} Commit {commits}.*")
     return "\n".join(lines)
