@@ -130,6 +130,7 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     assert all(path.parent == tmp_path / "runs" for paths in folders.values() for path in paths)
 
 
+@pytest.mark.learning  # they train
 def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
     """And so does Ctrl-C: what was stopped goes on, what had not begun is not begun."""
     runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")

@@ -65,6 +65,7 @@ def test_how_far_a_run_is_can_be_seen(tmp_path):
     assert "100 %" in one.row() and run.folder.name in one.row()
 
 
+@pytest.mark.learning  # they train
 def test_a_finished_run_is_not_made_again_and_not_taken_for_another(tmp_path):
     (run,) = runner.parse("3 dyna_q maze --total-timesteps 400 --eval-every 200", tmp_path)
     runner.train(run)
