@@ -15,7 +15,8 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -63,15 +64,21 @@ class Args:
     """Runs at a time, each with one thread."""
 
 
-def against(folder: Path, opponent: str, depth: int, games: int) -> dict[str, list[int]]:
-    """Wins, draws and losses of a finished run without dice, where the agent began and where the opponent did."""
+def loaded(folder: Path) -> tuple[ModuleType, Any, Any]:
+    """algos/muzero.py, and settings and planner of a finished run."""
     muzero = load("muzero")
     saved = muzero.read_settings(folder)
+    planner = muzero.make_tree_planner(saved, muzero.make_task(saved), torch.device("cpu"))
+    planner.network.load_state_dict(muzero.load_checkpoint(folder)["learned"]["average"])
+    return muzero, saved, planner
+
+
+def against(folder: Path, opponent: str, depth: int, games: int) -> dict[str, list[int]]:
+    """Wins, draws and losses of a finished run without dice, where the agent began and where the opponent did."""
+    muzero, saved, planner = loaded(folder)
     saved = replace(saved, opponent=opponent, opponent_depth=depth or saved.opponent_depth)
     muzero.seed_everything(saved.seed)
     envs = [muzero.make_task(saved) for _ in range(games)]
-    planner = muzero.make_tree_planner(saved, envs[0], torch.device("cpu"))
-    planner.network.load_state_dict(muzero.load_checkpoint(folder)["learned"]["average"])
     seed, found = saved.seed + 100_000, {"first": [0, 0, 0], "second": [0, 0, 0]}
     returns, _ = planner.play_together(envs, seed, saved.eval_max_steps)
     for i, value in enumerate(returns):
@@ -83,10 +90,8 @@ def against(folder: Path, opponent: str, depth: int, games: int) -> dict[str, li
 def mistakes(folder: Path) -> list[tuple[str, int, int]]:
     """Tic-tac-toe: of which positions, how many, and in how many its move gives away what perfect play would have. All
     of the game's; and those that games of it against perfect play can bring, where either side begins."""
-    muzero = load("muzero")
-    saved, rules = muzero.read_settings(folder), muzero.BOARDS["TicTacToe-v0"]
-    planner = muzero.make_tree_planner(saved, muzero.make_task(saved), torch.device("cpu"))
-    planner.network.load_state_dict(muzero.load_checkpoint(folder)["learned"]["average"])
+    muzero, _, planner = loaded(folder)
+    rules = planner.setting.rules
 
     def after(board: np.ndarray) -> list[np.ndarray]:
         """The positions that follow, None where the game is over; in the order of the legal moves."""

@@ -91,11 +91,12 @@ def read_run(finished: Path) -> Run:
     begin, curves = events.FirstEventTimestamp(), {}
     for tag in filter(KEPT.match, events.Tags()["scalars"]):
         curves[tag] = np.array([(e.step, (e.wall_time - begin) / 60, e.value) for e in events.Scalars(tag)])
-    if SCORE.get(known["name"], "eval/episodic_return") not in curves:
-        stop(f"{finished} was written by a run without an evaluation")
-    steps = int(max(curve[-1, 0] for curve in curves.values()))
+    steps = int(max((curve[-1, 0] for curve in curves.values()), default=0))
     minutes = float("nan") if known["resumed"] else known["seconds"] / 60
-    return Run(name, known["name"], known["flags"], known["seed"], known["commit"], steps, minutes, curves)
+    run = Run(name, known["name"], known["flags"], known["seed"], known["commit"], steps, minutes, curves)
+    if run.tag not in curves:
+        stop(f"{finished} was written by a run without an evaluation")
+    return run
 
 
 def thinned(tag: str, curve: np.ndarray, most: int = 200) -> np.ndarray:
