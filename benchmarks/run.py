@@ -119,13 +119,10 @@ def commit(name: str) -> str:
     return "" if head.returncode else head.stdout.strip() + "+" * (changed.returncode == 1)
 
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
 def die_with_parent() -> None:
     """A run must not outlive the worker that watches it: the next one goes on in the same folder."""
-    if LIBC:
-        LIBC.prctl(1, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # no global of this module: Ray sends those to its workers
 
 
 def train(run: Run, threads: int = 1, to_stop: Callable[[], bool] = lambda: False) -> None:
