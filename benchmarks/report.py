@@ -20,7 +20,6 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -150,23 +149,23 @@ def load_runs(results: Path) -> list[Run]:
 # ── Statistics ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def bootstrap(samples: np.ndarray, statistic: Callable = np.mean) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95 % percentile interval over the seeds, [seeds, ...] → low, high [...]; one seed has none."""
     from scipy import stats
 
     if len(samples) < 2:
         return samples[0], samples[0]
     found = stats.bootstrap(
-        (samples,), statistic, axis=0, n_resamples=2_000, method="percentile", rng=np.random.default_rng(0)
+        (samples,), np.mean, axis=0, n_resamples=2_000, method="percentile", rng=np.random.default_rng(0)
     )
     return found.confidence_interval.low, found.confidence_interval.high
 
 
-def iqm(samples: np.ndarray, axis: int = 0) -> np.ndarray:
+def iqm(samples: np.ndarray) -> np.ndarray:
     """The mean of the middle half."""
     from scipy import stats
 
-    return stats.trim_mean(samples, 0.25, axis)
+    return stats.trim_mean(samples, 0.25)
 
 
 def digits(values: np.ndarray) -> int:
@@ -230,7 +229,7 @@ def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Pat
                 axes[0].axhline(value, color="black", linewidth=0.7, linestyle=":")
                 axes[0].annotate(mark["label"], (0.02, value), (0, 3), ("axes fraction", "data"), **text)
     axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    axes[0].set(xlabel="steps", ylabel=", ".join({run.drawn for runs in variants.values() for run in runs}))
+    axes[0].set(xlabel="steps", ylabel=", ".join(sorted({run.drawn for runs in variants.values() for run in runs})))
     axes[1].set(xlabel="minutes")
     axes[0].legend(fontsize=6)
     figure.tight_layout()
@@ -290,9 +289,9 @@ def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optiona
     # The preset with no flag behind it
     if not (runs := groups.get(of, {}).get(of.partition(" ")[2])):
         return None
-    last = np.array([run.score[-1, 2] for run in runs])
-    texts = {"last": lambda: spread(last), "minutes": lambda: clock(runs), "steps": lambda: steps(runs)}
-    return {**texts, "seeds": lambda: str(len(runs))}[what]()
+    if what == "last":
+        return spread(np.array([run.score[-1, 2] for run in runs]))
+    return {"minutes": clock(runs), "steps": steps(runs), "seeds": str(len(runs))}[what]
 
 
 TABLE = re.compile(
