@@ -254,7 +254,7 @@ GAME = Args(  # the paper's Atari settings where they fit one GPU
     picture_every=50_000, checkpoint_every=50_000, episode_limit=27_000,
 )  # fmt: skip
 PRESETS = {
-    "cartpole": ("CartPole-v1", Args(search="gumbel", vtrace=True, averaging=0.02, consistency=1.0)),
+    "cartpole": ("CartPole-v1", Args(search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98)),
     "tictactoe": (
         "tic-tac-toe, by playing against itself",
         replace(
@@ -313,14 +313,14 @@ def from_logits(logits: torch.Tensor, squashed: bool) -> torch.Tensor:
     """[..., 2 · support + 1] → the number that is meant."""
     support = logits.shape[-1] // 2
     numbers = torch.arange(-support, support + 1, dtype=logits.dtype, device=logits.device)
-    mean = (logits.softmax(-1) * numbers).sum(-1)
+    mean = logits.softmax(-1) @ numbers
     return unsquash(mean) if squashed else mean
 
 
 def to_unit(s: torch.Tensor) -> torch.Tensor:
     """Appendix G: s / its range, so that each hidden state lies in [0, 1], as the actions beside it do."""
     flat = s.flatten(1)
-    low, high = flat.min(1, keepdim=True)[0], flat.max(1, keepdim=True)[0]
+    low, high = flat.aminmax(dim=1, keepdim=True)
     return ((flat - low) / (high - low).clamp_min(1e-5)).view_as(s)
 
 
@@ -407,17 +407,18 @@ class MuZero(nn.Module):
 NEVER = -1e9  # a Q below all others: that of an action that was not tried
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    x = np.exp(logits - logits.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
+def softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
+    x = np.exp(logits - logits.max(axis, keepdims=True))
+    return x / x.sum(axis, keepdims=True)
 
 
 class Tree:
     """B trees of S simulations each. Row b (S + 1) + i of an array stands for node i of tree b; its columns are the
     actions there. Each simulation adds one node to every tree, so that node i is the i-th in all of them."""
 
-    def __init__(self, roots: int, simulations: int, actions: int, bounds: Optional[tuple[float, float]]):
-        self.roots, self.size, shape = roots, simulations + 1, (roots * (simulations + 1), actions)
+    def __init__(self, legal: np.ndarray, simulations: int, bounds: Optional[tuple[float, float]]):
+        roots, actions = legal.shape
+        self.size, shape = simulations + 1, (roots * (simulations + 1), actions)
         self.visits = np.zeros(shape, np.int64)  # N(s, a)
         self.total = np.zeros(shape)  # sum of r + γ G over these visits
         self.q = np.full(shape, NEVER)  # Q(s, a)
@@ -425,37 +426,46 @@ class Tree:
         self.logits = np.zeros(shape)
         self.reward = np.zeros(shape)  # R(s, a)
         self.child = np.full(shape, -1)  # S(s, a): a row
+        self.choice = np.zeros(shape[0], np.int64)  # the action that a simulation takes here
         self.count = np.zeros(shape[0], np.int64)  # N(s) = 1 + Σ_a N(s, a)
         self.value = np.zeros(shape[0])  # v(s), the network's
         low, high = bounds or (-NEVER, NEVER)  # the smallest and largest Q of each tree
         self.low, self.high = np.full(roots, low), np.full(roots, high)
         self.first = np.arange(roots) * self.size  # the roots' rows
+        self.legal = np.ones(shape, bool)  # the model has to know what is not, but for the roots'
+        self.legal[self.first] = legal
 
     def expand(self, rows: np.ndarray, logits: np.ndarray, value: np.ndarray) -> None:
         """New nodes, with what the network says of them."""
         self.logits[rows], self.prior[rows], self.value[rows], self.count[rows] = logits, softmax(logits), value, 1
 
-    def scale(self, trees: np.ndarray) -> np.ndarray:
-        """1 / (max Q − min Q) of each tree; 0 where they are the same."""
-        width = self.high[trees] - self.low[trees]
-        return np.where(width > 0, 1 / np.where(width > 0, width, 1), 0.0)
+    def at(self, rows: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
+        """The columns at some nodes, as [A, rows]: NumPy adds up few actions of many nodes far faster this way."""
+        return [np.ascontiguousarray(column.take(rows, 0).T) for column in columns]
 
-    def descend(self, choose: Callable) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def scaled(self, rows: np.ndarray, q: np.ndarray) -> np.ndarray:
+        """Eq. 5: (Q − min) / (max − min) over the tree; 0 where they are the same. q [A, rows]."""
+        width = self.high - self.low
+        low, scale = self.low, np.where(width > 0, 1 / np.where(width > 0, width, 1), 0.0)
+        trees = rows // self.size
+        return (q - low.take(trees)) * scale.take(trees)
+
+    def descend(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """From the roots to an edge that leads nowhere yet. A list over depths of (trees, rows, actions): those trees
         that got so deep."""
-        trees, rows, path = np.arange(self.roots), self.first, []
-        scale = self.scale(trees)
+        trees, rows, path = np.arange(len(self.first)), self.first, []
         while len(rows):
-            actions = choose(self, trees, rows, scale[trees], len(path))
+            actions = self.choice[rows]
             path.append((trees, rows, actions))
             rows = self.child[rows, actions]
-            if (going := rows >= 0).all():
-                continue
-            trees, rows = trees[going], rows[going]
+            if not (going := rows >= 0).all():
+                trees, rows = trees[going], rows[going]
         return path
 
-    def backup(self, path: list[tuple[np.ndarray, np.ndarray, np.ndarray]], value: np.ndarray, gamma: float) -> None:
-        """From the leaf, whose value is [B], to the root."""
+    def backup(
+        self, path: list[tuple[np.ndarray, np.ndarray, np.ndarray]], value: np.ndarray, gamma: float
+    ) -> np.ndarray:
+        """From the leaf, whose value is [B], to the root. Gives back the rows where the choice has to be made anew."""
         G, sums = value.copy(), []
         for trees, rows, actions in reversed(path):
             # Eq. 3: G^{k−1} = r_k + γ G^k
@@ -467,43 +477,44 @@ class Tree:
         self.visits[rows, actions] += 1
         self.count[rows] += 1
         self.q[rows, actions] = q = self.total[rows, actions] / self.visits[rows, actions]
+        low, high = self.low.copy(), self.high.copy()
         np.minimum.at(self.low, trees, q)
         np.maximum.at(self.high, trees, q)
+        # The choice may be another on the path, at the new node, and everywhere where Eq. 5 has other bounds now
+        moved, nodes = (self.low < low) | (self.high > high), self.count[self.first[0]]
+        everywhere = (self.first[moved, None] + np.arange(nodes)).ravel()
+        return np.concatenate([rows[~moved[trees]], self.first[~moved] + nodes - 1, everywhere])
 
 
-def puct(legal: np.ndarray, c1: float, c2: float, simulations: int) -> Callable:
+def puct(c1: float, c2: float, simulations: int) -> Callable:
     """The paper's choice, at every node: argmax Q̄ + P √N(s) / (1 + N(s, a)) (c₁ + log((N(s) + c₂ + 1) / c₂))."""
     n = np.arange(simulations + 2)
     weight = np.sqrt(n) * (c1 + np.log((n + c2 + 1) / c2))
 
-    def choose(tree: Tree, trees: np.ndarray, rows: np.ndarray, scale: np.ndarray, depth: int) -> np.ndarray:
-        # Eq. 5: Q̄ = (Q − min) / (max − min) over the tree; 0 for what was never tried
-        q = np.maximum((tree.q[rows] - tree.low[trees, None]) * scale[:, None], 0.0)
-        # Eq. 2
-        score = q + tree.prior[rows] * (weight[tree.count[rows], None] / (1 + tree.visits[rows]))
-        if depth == 0:
-            score = np.where(legal, score, -np.inf)
-        return score.argmax(1)  # of equal ones the first
+    def choose(tree: Tree, rows: np.ndarray) -> np.ndarray:
+        q, prior, visits, legal = tree.at(rows, tree.q, tree.prior, tree.visits, tree.legal)
+        # Eq. 2; Q̄ of what was never tried is 0
+        score = np.maximum(tree.scaled(rows, q), 0.0) + prior * (weight[tree.count.take(rows)] / (1 + visits))
+        return np.where(legal, score, -np.inf).argmax(0)  # of equal ones the first
 
     return choose
 
 
 def improved(
-    tree: Tree, trees: np.ndarray, rows: np.ndarray, scale: np.ndarray, c_visit: float, c_scale: float
+    tree: Tree, rows: np.ndarray, c_visit: float, c_scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Danihelka et al.: completed Q of nodes, σ(completed Q), and π' = softmax(logits + σ(completed Q))."""
-    visits, seen = tree.visits[rows], tree.visits[rows] > 0
-    q, prior, total = tree.q[rows], tree.prior[rows], visits.sum(1)
+    """Danihelka et al.: completed Q of nodes, σ(completed Q), and π' = softmax(logits + σ(completed Q)), [A, rows]."""
+    q, prior, visits, logits = tree.at(rows, tree.q, tree.prior, tree.visits, tree.logits)
+    seen, total = visits > 0, visits.sum(0)
     # Eq. 33: v_mix = (v̂ + Σ_b N(b) / Σ_{N(b)>0} π(b) · Σ_{N(a)>0} π(a) q(a)) / (1 + Σ_b N(b))
-    known = np.where(seen, prior, 0.0)
-    mean = (known * q).sum(1) / np.maximum(known.sum(1), 1e-30)
-    mixed = (tree.value[rows] + total * mean) / (1 + total)
+    known = prior * seen
+    mean = (known * q).sum(0) / np.maximum(known.sum(0), 1e-30)
+    mixed = (tree.value.take(rows) + total * mean) / (1 + total)
     # Eq. 10: the Q of what was never tried is completed by it
-    completed = np.where(seen, q, mixed[:, None])
-    q = np.clip((completed - tree.low[trees, None]) * scale[:, None], 0, 1)
+    completed = np.where(seen, q, mixed)
     # Eq. 8: σ(q) = (c_visit + max_b N(b)) c_scale q
-    sigma = (c_visit + visits.max(1, keepdims=True)) * c_scale * q
-    return completed, sigma, softmax(tree.logits[rows] + sigma)  # Eq. 11
+    sigma = (c_visit + visits.max(0)) * c_scale * np.clip(tree.scaled(rows, completed), 0, 1)
+    return completed, sigma, softmax(logits + sigma, 0)  # Eq. 11
 
 
 def halving(candidates: int, simulations: int) -> np.ndarray:
@@ -524,14 +535,16 @@ def halving(candidates: int, simulations: int) -> np.ndarray:
 def gumbel(root_scores: np.ndarray, wanted: np.ndarray, c_visit: float, c_scale: float) -> Callable:
     """Danihelka et al.'s choice. root_scores [B, A]: g + logits of the candidates, −∞ for others; wanted [B, S]."""
 
-    def choose(tree: Tree, trees: np.ndarray, rows: np.ndarray, scale: np.ndarray, depth: int) -> np.ndarray:
-        _, sigma, policy = improved(tree, trees, rows, scale, c_visit, c_scale)
-        visits = tree.visits[rows]
-        if depth == 0:
-            due = visits == wanted[:, tree.count[tree.first[0]] - 1][:, None]
-            return np.where(due, root_scores + sigma, -np.inf).argmax(1)
+    def choose(tree: Tree, rows: np.ndarray) -> np.ndarray:
+        _, sigma, policy = improved(tree, rows, c_visit, c_scale)
+        (visits,) = tree.at(rows, tree.visits)
         # Eq. 14: argmax π'(a) − N(a) / (1 + Σ_b N(b)), so that visits come near π'
-        return (policy - visits / tree.count[rows][:, None]).argmax(1)
+        choice = (policy - visits / tree.count.take(rows)).argmax(0)
+        top = np.flatnonzero(rows % tree.size == 0)
+        trees = rows[top] // tree.size
+        due = visits[:, top] == wanted[trees, tree.count[tree.first[0]] - 1]
+        choice[top] = np.where(due, root_scores[trees].T + sigma[:, top], -np.inf).argmax(0)
+        return choice
 
     return choose
 
@@ -554,15 +567,16 @@ def tree_search(
 ) -> Found:  # fmt: skip
     """Step (1), Appendix B. `hidden`, logits [B, A] and value [B] are the roots'; legal [B, A] masks them, and them
     alone: inside the tree the model has to know. dynamics(hidden, actions) → hidden, reward, logits, value."""
-    (roots, actions), simulations = logits.shape, args.simulations
-    tree, every = Tree(roots, simulations, actions, bounds), np.arange(roots)
-    tree.expand(tree.first, np.where(legal, logits, NEVER), value)
-    prior = tree.prior[tree.first].copy()
+    roots, simulations = len(logits), args.simulations
+    tree = Tree(legal, simulations, bounds)
+    root, every = tree.first, np.arange(roots)
+    tree.expand(root, np.where(legal, logits, NEVER), value)
+    prior = tree.prior[root].copy()
     if args.search == "puct":
         if noise:  # P = (1 − ε) p + ε η, η ~ Dirichlet(α) over the legal actions
             eta = np.random.gamma(args.noise_alpha, size=prior.shape) * legal + 1e-12 * legal
-            tree.prior[tree.first] += args.noise_share * (eta / eta.sum(1, keepdims=True) - prior)
-        choose = puct(legal, args.c1, args.c2, simulations)
+            tree.prior[root] += args.noise_share * (eta / eta.sum(1, keepdims=True) - prior)
+        choose = puct(args.c1, args.c2, simulations)
     else:
         g = np.random.gumbel(size=prior.shape) if noise else 0.0
         scores = np.where(legal, logits + g, -np.inf)
@@ -574,22 +588,23 @@ def tree_search(
         choose = gumbel(scores, np.stack([orders[n] for n in count.tolist()]), args.gumbel_visits, args.gumbel_scale)
     # Node i of all trees lies in memory[i]
     memory = hidden.new_empty((simulations + 1, *hidden.shape))
-    memory[0] = hidden
+    memory[0], changed = hidden, root
     for i in range(1, simulations + 1):
-        path = tree.descend(choose)
+        tree.choice[changed] = choose(tree, changed)
+        path = tree.descend()
         rows, taken = np.empty(roots, np.int64), np.empty(roots, np.int64)
         for trees, at, chosen in path:  # what is written last stands: the deepest
             rows[trees], taken[trees] = at, chosen
-        parents = memory[torch.from_numpy(rows - tree.first), torch.from_numpy(every)]
+        parents = memory.flatten(0, 1)[torch.from_numpy((rows - root) * roots + every).to(memory.device)]
         memory[i], reward, logits, value = dynamics(parents, torch.from_numpy(taken))
-        tree.reward[rows, taken], tree.child[rows, taken] = reward, tree.first + i
-        tree.expand(tree.first + i, logits, value)
-        tree.backup(path, value, gamma)
-    visits, root = tree.visits[tree.first], tree.first
+        tree.reward[rows, taken], tree.child[rows, taken] = reward, root + i
+        tree.expand(root + i, logits, value)
+        changed = tree.backup(path, value, gamma)
+    visits = tree.visits[root]
     if args.search == "puct":
         found = (tree.value[root] + tree.total[root].sum(1)) / tree.count[root]
         return Found(visits, visits / simulations, found, visits.argmax(1), prior, tree.value[root], tree)
-    q, sigma, policy = improved(tree, every, root, tree.scale(every), args.gumbel_visits, args.gumbel_scale)
+    q, sigma, policy = (x.T for x in improved(tree, root, args.gumbel_visits, args.gumbel_scale))
     found = (policy * np.where(legal, q, 0.0)).sum(1)  # the root's visits are spread evenly, whatever Q says
     most = visits == visits.max(1, keepdims=True)
     best = np.where(most, scores + sigma, -np.inf).argmax(1)

@@ -43,49 +43,93 @@ class Node:
     def __init__(self, prior):
         self.prior, self.N, self.W, self.reward, self.children, self.hidden = prior, 0, 0.0, 0.0, None, None
 
+    def open(self, hidden, logits, value, legal):
+        self.hidden, self.logits, self.value = hidden, logits, float(value)
+        p = chances(np.where(legal, logits, -np.inf))
+        self.children = {a: Node(p[a]) for a in np.flatnonzero(legal)}
+
 
 def chances(logits):
     x = np.exp(logits - np.max(logits))
     return x / x.sum()
 
 
-def plain_search(model, hidden, legal, gamma, simulations, c1, c2, bounds=None):
-    """One root, by recursion over nodes: Appendix B as it stands, Equations 2 to 5."""
+def pick_by_puct(args):
+    """Equation 2."""
+
+    def pick(node, q_of, scaled, at_root, i):
+        N = 1 + sum(child.N for child in node.children.values())
+
+        def score(a):
+            child = node.children[a]
+            q = scaled(q_of(child)) if child.N else 0.0
+            more = args.c1 + math.log((N + args.c2 + 1) / args.c2)
+            return q + child.prior * math.sqrt(N) / (1 + child.N) * more
+
+        return max(node.children, key=score)
+
+    return pick
+
+
+def pick_by_gumbel(args, noise):
+    """Danihelka et al.: sequential halving at the root, Equation 14 below it."""
+
+    def pick(node, q_of, scaled, at_root, i):
+        children = node.children
+        tried = [a for a in children if children[a].N]
+        total = sum(children[a].N for a in tried)
+        mixed = node.value
+        if tried:
+            mean = sum(children[a].prior * q_of(children[a]) for a in tried) / sum(children[a].prior for a in tried)
+            mixed = (node.value + total * mean) / (1 + total)
+        weight = (args.gumbel_visits + max(child.N for child in children.values())) * args.gumbel_scale
+        sigma = {
+            a: weight * min(max(scaled(q_of(child) if child.N else mixed), 0), 1) for a, child in children.items()
+        }  # fmt: skip
+        if at_root:
+            ranked = sorted(children, key=lambda a: -(node.logits[a] + noise[a]))
+            candidates = ranked[: min(args.considered, args.simulations)]
+            wanted = muzero.halving(len(candidates), args.simulations)[i]
+            due = [a for a in candidates if wanted == children[a].N]
+            return max(due, key=lambda a: node.logits[a] + noise[a] + sigma[a])
+        policy = chances(np.array([node.logits[a] + sigma[a] for a in children]))
+        return max(children, key=lambda a: policy[a] - children[a].N / (1 + total))
+
+    return pick
+
+
+def plain_search(model, hidden, legal, gamma, simulations, pick, bounds=None):
+    """One root, by recursion over nodes: Appendix B as it stands, Equations 3 to 5."""
     low, high = bounds or (math.inf, -math.inf)
+    root, every = Node(1.0), np.ones(model.A, bool)
     logits, value, _ = model.heads_of(hidden)
-    root = Node(1.0)
-    root.hidden, root.N, root.W = hidden, 1, float(value)
-    priors = chances(np.where(legal, logits, -np.inf))
-    root.children = {a: Node(priors[a]) for a in range(model.A) if legal[a]}
+    root.open(hidden, logits, value, legal)
+    root.N, root.W = 1, root.value
 
     def q_of(child):
         return child.reward + gamma * child.W / child.N
 
-    def visit(node):
+    def scaled(q):
+        return (q - low) / (high - low) if high > low else 0.0
+
+    def visit(node, i):
         """Go down one way, and give back what it is worth to `node`."""
         nonlocal low, high
-        best, chosen = -math.inf, None
-        for a, child in node.children.items():
-            q = (q_of(child) - low) / (high - low) if child.N and high > low else 0.0
-            score = q + child.prior * math.sqrt(node.N) / (1 + child.N) * (c1 + math.log((node.N + c2 + 1) / c2))
-            if score > best:
-                best, chosen = score, a
+        chosen = pick(node, q_of, scaled, node is root, i)
         child = node.children[chosen]
         if child.N == 0:
             s, reward, logits, value = model(node.hidden[None], torch.tensor([chosen]))
-            child.hidden, child.reward, G = s[0], float(reward[0]), float(value[0])
-            p = chances(logits[0])
-            child.children = {a: Node(p[a]) for a in range(model.A)}
+            child.open(s[0], logits[0], value[0], every)
+            child.reward, G = float(reward[0]), child.value
         else:
-            G = visit(child)
+            G = visit(child, i)
         child.N += 1
         child.W += G
         low, high = min(low, q_of(child)), max(high, q_of(child))
-        node_G = child.reward + gamma * G
-        return node_G
+        return child.reward + gamma * G
 
-    for _ in range(simulations):
-        G = visit(root)
+    for i in range(simulations):
+        G = visit(root, i)
         root.N += 1
         root.W += G
     return [root.children[a].N if a in root.children else 0 for a in range(model.A)], root.W / root.N
@@ -93,10 +137,10 @@ def plain_search(model, hidden, legal, gamma, simulations, c1, c2, bounds=None):
 
 @given(
     st.integers(0, 10_000), st.sampled_from([2, 3, 9]), st.sampled_from([0.997, 0.9, 1.0, -1.0]),
-    st.sampled_from([1, 2, 20, 50]), st.booleans(),
+    st.sampled_from([1, 2, 20, 50]), st.booleans(), st.sampled_from(["puct", "gumbel"]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
-def test_the_batched_search_visits_what_a_plain_one_visits(seed, actions, gamma, simulations, bounded):
+@settings(max_examples=80, deadline=None)
+def test_the_batched_search_visits_what_a_plain_one_visits(seed, actions, gamma, simulations, bounded, search):
     """Random networks, some actions masked at the root, one and two players."""
     model, rng = Toy(actions, seed, reward_size=[1.0, 0.0, 10.0][seed % 3]), np.random.default_rng(seed)
     hidden = torch.from_numpy(rng.normal(size=(5, 3)))
@@ -104,13 +148,22 @@ def test_the_batched_search_visits_what_a_plain_one_visits(seed, actions, gamma,
     legal[np.arange(5), rng.integers(actions, size=5)] = True
     bounds = (-30.0, 30.0) if bounded else None
     logits, value, _ = model.heads_of(hidden)
-    args = Args(simulations=simulations, c1=1.25, c2=[19_652.0, 20.0][seed % 2])
-    found = muzero.tree_search(model, hidden, logits, value, legal, gamma, args, bounds)
+    args = Args(
+        search=search, simulations=simulations, c2=[19_652.0, 20.0][seed % 2], gumbel_scale=[0.1, 1.0][seed % 2],
+        considered=[16, 2][seed // 2 % 2],
+    )  # fmt: skip
+    np.random.seed(seed)
+    found = muzero.tree_search(model, hidden, logits, value, legal, gamma, args, bounds, noise=search == "gumbel")
+    np.random.seed(seed)
+    noise = np.random.gumbel(size=(5, actions))
     for b in range(5):
-        visits, mean = plain_search(model, hidden[b], legal[b], gamma, simulations, args.c1, args.c2, bounds)
+        pick = pick_by_puct(args) if search == "puct" else pick_by_gumbel(args, noise[b])
+        visits, mean = plain_search(model, hidden[b], legal[b], gamma, simulations, pick, bounds)
         assert found.visits[b].tolist() == visits
-        assert found.value[b] == pytest.approx(mean, abs=1e-9)
-    assert np.allclose(found.policy, found.visits / simulations)
+        if search == "puct":
+            assert found.value[b] == pytest.approx(mean, abs=1e-9)
+    if search == "puct":
+        assert np.allclose(found.policy, found.visits / simulations)
     assert (found.visits[~legal] == 0).all()
 
 
