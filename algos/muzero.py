@@ -130,6 +130,9 @@ class Args:
     """c₁: how much the prior counts."""
     c2: float = 19_652.0
     """c₂: how slowly it comes to count more."""
+    least_range: float = 0.0
+    """Q in a tree is scaled by its range, but by this at least (as EfficientZero does): where all is equally good
+    the range is that of the network's mistakes."""
     noise_alpha: float = 0.25
     """Dirichlet noise at the root: its α ..."""
     noise_share: float = 0.25
@@ -254,7 +257,12 @@ GAME = Args(  # the paper's Atari settings where they fit one GPU
     picture_every=50_000, checkpoint_every=50_000, episode_limit=27_000,
 )  # fmt: skip
 PRESETS = {
-    "cartpole": ("CartPole-v1", Args(search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98)),
+    "cartpole": (
+        "CartPole-v1",
+        Args(
+            search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98, reanalyze=5.0, least_range=1.0,
+        ),
+    ),
     "tictactoe": (
         "tic-tac-toe, by playing against itself",
         replace(
@@ -416,8 +424,8 @@ class Tree:
     """B trees of S simulations each. Row b (S + 1) + i of an array stands for node i of tree b; its columns are the
     actions there. Each simulation adds one node to every tree, so that node i is the i-th in all of them."""
 
-    def __init__(self, legal: np.ndarray, simulations: int, bounds: Optional[tuple[float, float]]):
-        roots, actions = legal.shape
+    def __init__(self, legal: np.ndarray, simulations: int, bounds: Optional[tuple[float, float]], least_range: float):
+        (roots, actions), self.least_range = legal.shape, least_range
         self.size, shape = simulations + 1, (roots * (simulations + 1), actions)
         self.visits = np.zeros(shape, np.int64)  # N(s, a)
         self.total = np.zeros(shape)  # sum of r + γ G over these visits
@@ -445,10 +453,9 @@ class Tree:
 
     def scaled(self, rows: np.ndarray, q: np.ndarray) -> np.ndarray:
         """Eq. 5: (Q − min) / (max − min) over the tree; 0 where they are the same. q [A, rows]."""
-        width = self.high - self.low
-        low, scale = self.low, np.where(width > 0, 1 / np.where(width > 0, width, 1), 0.0)
-        trees = rows // self.size
-        return (q - low.take(trees)) * scale.take(trees)
+        width, trees = self.high - self.low, rows // self.size
+        scale = np.where(width > 0, 1 / np.maximum(width, max(self.least_range, 1e-12)), 0.0)
+        return (q - self.low.take(trees)) * scale.take(trees)
 
     def descend(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """From the roots to an edge that leads nowhere yet. A list over depths of (trees, rows, actions): those trees
@@ -568,7 +575,7 @@ def tree_search(
     """Step (1), Appendix B. `hidden`, logits [B, A] and value [B] are the roots'; legal [B, A] masks them, and them
     alone: inside the tree the model has to know. dynamics(hidden, actions) → hidden, reward, logits, value."""
     roots, simulations = len(logits), args.simulations
-    tree = Tree(legal, simulations, bounds)
+    tree = Tree(legal, simulations, bounds, args.least_range)
     root, every = tree.first, np.arange(roots)
     tree.expand(root, np.where(legal, logits, NEVER), value)
     prior = tree.prior[root].copy()
@@ -1096,7 +1103,7 @@ def check_settings(args: Args) -> None:
         (1, ("train_every", "batch_size", "support", "latent", "hidden", "channels", "frames", "opponent_depth")),
         (0, ("blocks", "episode_limit", "temperature", "temperature_steps", "temperature_moves", "reanalyze")),
         (0, ("decay_steps", "weight_decay", "priority_alpha", "priority_beta", "gumbel_visits", "consistency")),
-        (0, ("openings",)),
+        (0, ("openings", "least_range")),
     ):
         for name in names:
             if getattr(args, name) < least:

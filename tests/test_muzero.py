@@ -98,7 +98,7 @@ def pick_by_gumbel(args, noise):
     return pick
 
 
-def plain_search(model, hidden, legal, gamma, simulations, pick, bounds=None):
+def plain_search(model, hidden, legal, gamma, simulations, pick, bounds=None, least=0.0):
     """One root, by recursion over nodes: Appendix B as it stands, Equations 3 to 5."""
     low, high = bounds or (math.inf, -math.inf)
     root, every = Node(1.0), np.ones(model.A, bool)
@@ -110,7 +110,7 @@ def plain_search(model, hidden, legal, gamma, simulations, pick, bounds=None):
         return child.reward + gamma * child.W / child.N
 
     def scaled(q):
-        return (q - low) / (high - low) if high > low else 0.0
+        return (q - low) / max(high - low, least) if high > low else 0.0
 
     def visit(node, i):
         """Go down one way, and give back what it is worth to `node`."""
@@ -150,7 +150,7 @@ def test_the_batched_search_visits_what_a_plain_one_visits(seed, actions, gamma,
     logits, value, _ = model.heads_of(hidden)
     args = Args(
         search=search, simulations=simulations, c2=[19_652.0, 20.0][seed % 2], gumbel_scale=[0.1, 1.0][seed % 2],
-        considered=[16, 2][seed // 2 % 2],
+        considered=[16, 2][seed // 2 % 2], least_range=[0.0, 3.0][seed // 4 % 2],
     )  # fmt: skip
     np.random.seed(seed)
     found = muzero.tree_search(model, hidden, logits, value, legal, gamma, args, bounds, noise=search == "gumbel")
@@ -158,7 +158,7 @@ def test_the_batched_search_visits_what_a_plain_one_visits(seed, actions, gamma,
     noise = np.random.gumbel(size=(5, actions))
     for b in range(5):
         pick = pick_by_puct(args) if search == "puct" else pick_by_gumbel(args, noise[b])
-        visits, mean = plain_search(model, hidden[b], legal[b], gamma, simulations, pick, bounds)
+        visits, mean = plain_search(model, hidden[b], legal[b], gamma, simulations, pick, bounds, args.least_range)
         assert found.visits[b].tolist() == visits
         if search == "puct":
             assert found.value[b] == pytest.approx(mean, abs=1e-9)
@@ -300,6 +300,23 @@ def test_gumbels_policy_is_the_completed_one():
         sigma = [(2.0 + max(n)) * 0.5 * x for x in completed]
         assert np.allclose(found.policy[b], chances(logits[b] + np.array(sigma)))
         assert found.value[b] == pytest.approx(found.policy[b] @ [q[a] if n[a] else mixed for a in range(5)])
+
+
+def test_small_differences_of_q_are_made_much_of_unless_the_range_has_a_least():
+    """Rewards that differ by a hundredth, no values: by Equation 5 they are 0 and 1."""
+    hidden = torch.zeros(1, 1, dtype=torch.float64)
+
+    def dynamics(hidden, a):
+        return hidden, 0.01 * a.numpy(), np.zeros((1, 2)), np.zeros(1)
+
+    said = []
+    for least in (0.0, 1.0):
+        args = Args(search="gumbel", simulations=2, least_range=least)
+        found = muzero.tree_search(dynamics, hidden, np.zeros((1, 2)), np.zeros(1), np.ones((1, 2), bool), 0.0, args)
+        said.append(found.policy[0, 1])
+    weight = (50 + 1) * 0.1
+    assert said[0] == pytest.approx(1 / (1 + math.exp(-weight)))
+    assert said[1] == pytest.approx(1 / (1 + math.exp(-0.01 * weight)))
 
 
 @pytest.mark.parametrize("simulations", [2, 4, 16])
