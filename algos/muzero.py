@@ -261,6 +261,7 @@ PRESETS = {
         "CartPole-v1",
         Args(
             search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98, reanalyze=5.0, least_range=1.0,
+            batch_size=256, train_every=1,
         ),
     ),
     "tictactoe": (
