@@ -257,10 +257,7 @@ GAME = Args(  # the paper's Atari settings where they fit one GPU
     picture_every=50_000, checkpoint_every=50_000, episode_limit=27_000,
 )  # fmt: skip
 PRESETS = {
-    "cartpole": (
-        "CartPole-v1",
-        Args(search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98, least_range=1.0),
-    ),
+    "cartpole": ("CartPole-v1", Args(search="gumbel", vtrace=True, averaging=0.02, consistency=1.0)),
     "tictactoe": (
         "tic-tac-toe, by playing against itself",
         replace(
