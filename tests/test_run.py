@@ -13,7 +13,7 @@ import pytest
 
 runner = house.load(helpers.ROOT / "benchmarks" / "run.py")
 # A checkpoint waits for the end of an episode no longer than it is late already: the first one takes 343 steps
-LINE = "dyna_q maze --total-timesteps 4000 --eval-every 1000 --checkpoint-every 500 --planning-steps 50"
+LINE = "dyna_q maze --total-timesteps 10000 --eval-every 1000 --checkpoint-every 500 --planning-steps 50"
 
 
 def test_a_line_is_a_run_for_each_seed(tmp_path):
