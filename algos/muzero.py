@@ -149,6 +149,9 @@ class Args:
     """T is halved at half, and again at three quarters of these steps; 0: it stays."""
     temperature_moves: int = 0
     """After so many moves of a game the most visited action is taken; 0: never."""
+    lean: float = 0.0
+    """Games of self-play lean to one action each, by 0 (the first game) to so many logits (the last): where the search
+    is undecided they go different ways, and go on so."""
     openings: int = 0
     """Boards: a game of self-play begins after 0 to so many random moves, which are not kept."""
     gamma: float = 0.997
@@ -257,7 +260,13 @@ GAME = Args(  # the paper's Atari settings where they fit one GPU
     picture_every=50_000, checkpoint_every=50_000, episode_limit=27_000,
 )  # fmt: skip
 PRESETS = {
-    "cartpole": ("CartPole-v1", Args(search="gumbel", vtrace=True, averaging=0.02, consistency=1.0)),
+    "cartpole": (
+        "CartPole-v1",
+        Args(
+            search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98, lean=3.0, total_timesteps=30_000,
+            decay_steps=30_000,
+        ),
+    ),
     "tictactoe": (
         "tic-tac-toe, by playing against itself",
         replace(
@@ -699,14 +708,21 @@ class TreePlanner:
 
 def draw_actions(found: Found, temperature: np.ndarray, args: Args) -> tuple[np.ndarray, np.ndarray]:
     """Step (2): p(a) ∝ N(a)^(1/T), T [B]; 0: the most visited. The Gumbel search has its dice at the root already:
-    where it considers every action what it takes is near to a draw from π'. Actions, and how likely each was."""
-    every = np.arange(len(found.visits))
+    where it considers every action what it takes is near to a draw from π'. With --lean it is drawn from π', or the
+    visits, times e^(lean of this game). Actions, and how likely each was."""
+    every, (games, actions) = np.arange(len(found.visits)), found.visits.shape
     if args.search == "gumbel":
-        return found.best, found.policy[every, found.best]
-    logs, T = np.where(found.visits > 0, np.log(np.maximum(found.visits, 1)), -np.inf), temperature[:, None]
+        if not args.lean:
+            return found.best, found.policy[every, found.best]
+        weight, T = found.policy, np.ones((games, 1))
+    else:
+        weight, T = found.visits, temperature[:, None]
+    lean = np.zeros((games, actions))
+    lean[every, every % actions] = args.lean * every / max(games - 1, 1)
+    logs = np.where(weight > 0, np.log(np.maximum(weight, 1e-30)), -np.inf) + T * lean
     # Gumbel's way to draw: argmax of log p + g
     action = (logs + T * np.random.gumbel(size=logs.shape)).argmax(1)
-    return action, np.where(temperature > 0, softmax(logs / np.where(T > 0, T, 1.0))[every, action], 1.0)
+    return action, np.where(T[:, 0] > 0, softmax(logs / np.where(T > 0, T, 1.0))[every, action], 1.0)
 
 
 def temperature(args: Args, step: int, moves: np.ndarray) -> np.ndarray:
@@ -1098,7 +1114,7 @@ def check_settings(args: Args) -> None:
         (1, ("train_every", "batch_size", "support", "latent", "hidden", "channels", "frames", "opponent_depth")),
         (0, ("blocks", "episode_limit", "temperature", "temperature_steps", "temperature_moves", "reanalyze")),
         (0, ("decay_steps", "weight_decay", "priority_alpha", "priority_beta", "gumbel_visits", "consistency")),
-        (0, ("openings", "least_range")),
+        (0, ("openings", "least_range", "lean")),
     ):
         for name in names:
             if getattr(args, name) < least:
