@@ -3,6 +3,7 @@
     python benchmarks/muzero_figures.py cartpole        # five seeds of the default preset
     python benchmarks/muzero_figures.py search          # the paper's search beside Gumbel's
     python benchmarks/muzero_figures.py returns         # with and without the correction of old returns
+    python benchmarks/muzero_figures.py lean            # games that lean, and not; what each run knows of the track
     python benchmarks/muzero_figures.py tictactoe       # self-play, then 400 games against each opponent
     python benchmarks/muzero_figures.py connect4
 
@@ -39,6 +40,7 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
         3,
     ),
     "returns": ({"V-trace": "cartpole", "n-step returns": "cartpole --no-vtrace"}, 3),
+    "lean": ({"games lean": "cartpole", "they don't": "cartpole --lean 0"}, 3),
     "tictactoe": ({"tic-tac-toe": "tictactoe"}, 1),
     "connect4": ({"Connect Four": "connect4"}, 1),
 }
@@ -126,6 +128,35 @@ def mistakes(folder: Path) -> list[tuple[str, int, int]]:
     return rows
 
 
+TRACK, SPEEDS = np.linspace(-2.4, 2.4, 49), np.linspace(-1.0, 1.0, 41)
+
+
+def along_the_track(folder: Path) -> np.ndarray:
+    """CartPole: the value [speeds, places] of a pole that stands upright on a cart at each place of the track."""
+    _, _, planner = loaded(folder)
+    x, speed = np.meshgrid(TRACK, SPEEDS)
+    nothing = np.zeros_like(x)
+    obs = np.stack([x, speed, nothing, nothing], -1).astype(np.float32)
+    return planner.values(obs.reshape(-1, 4)).reshape(x.shape)
+
+
+def draw_tracks(values: dict[str, list[np.ndarray]], first_seed: int, path: Path) -> None:
+    columns = max(map(len, values.values()))
+    figure = Figure(figsize=(9.2, 2.1 * len(values)), dpi=90, layout="constrained")
+    axes = figure.subplots(len(values), columns, sharex=True, sharey=True, squeeze=False)
+    largest = max(value.max() for every in values.values() for value in every)
+    for row, (label, every) in zip(axes, values.items(), strict=True):
+        for seed, (axis, value) in enumerate(zip(row, every, strict=True), first_seed):
+            shown = axis.pcolormesh(TRACK, SPEEDS, value, vmin=0, vmax=largest, cmap="viridis")
+            axis.set_title(f"{label}: seed {seed}", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("place of the cart", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("its speed", fontsize=8)
+    figure.colorbar(shown, ax=axes, label="value")
+    figure.savefig(path)
+
+
 def clock(folder: Path, tag: str) -> list[float]:
     """Minutes from a run's first event to each point of a curve."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -169,6 +200,17 @@ def main(args: Args) -> None:
                         print(f"| {opponent} | {seed} | {side} | {' | '.join(map(str, counts))} |")
                         for what, count in zip(("won", "drawn", "lost"), counts, strict=True):
                             rows.append([label, seed, f"after/{opponent}/{side}/{what}", 0, count])
+    if args.name == "lean":
+        values = {label: [along_the_track(folder) for folder in folders[label]] for label in variants}
+        draw_tracks(values, args.first_seed, ROOT / "docs" / "figures" / "muzero_track.png")
+        middle = len(SPEEDS) // 2
+        print("\n| value | seed | rolling off at the left | at the right | at rest in the middle |\n|-|-|-|-|-|")
+        for label in variants:
+            for seed, value in enumerate(values[label], args.first_seed):
+                ends = (value[0, 0], value[-1, -1], value[middle, len(TRACK) // 2])
+                print(f"| `{variants[label]}` | {seed} | {' | '.join(f'{y:.0f}' for y in ends)} |")
+                where = ("left", "right", "middle")
+                rows += [[label, seed, f"value/{w}", 0, f"{y:.2f}"] for w, y in zip(where, ends, strict=True)]
     if args.name == "tictactoe":
         print("\n| positions | seed | number | played wrongly |\n|-|-|-|-|")
         for label in variants:
