@@ -152,7 +152,7 @@ class Args:
     """After so many moves of a game the most visited action is taken; 0: never."""
     lean: float = 0.0
     """Games of self-play lean to one action each, by 0 (the first game) to so many logits (the last): where the search
-    is undecided they go different ways, and go on so."""
+    is undecided they go different ways, and go on so. --vtrace takes it out of the returns."""
     openings: int = 0
     """Boards: a game of self-play begins after 0 to so many random moves, which are not kept."""
     gamma: float = 0.997
