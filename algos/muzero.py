@@ -71,7 +71,7 @@ Deviations from the paper and its pseudocode:
   - CartPole and the boards are searched as Danihelka et al. do, with c_scale = 0.1 and 0.3, and Q normalised over the
     tree. Their ν is Σ π' Q at the root, whose visits are spread evenly whatever Q says.
   - Boards' games of self-play begin after a few random moves (--openings), for Gumbel's search soon plays the same
-    lines. CartPole's lean to one side or the other (--lean), or all would drift to the same end of the track.
+    lines. CartPole's lean to one side or the other (--lean), so that not all drift to the same end of the track.
   - CartPole's n-step returns are corrected for what followed having been played by an older, worse policy (--vtrace;
     after L. Espeholt et al., "IMPALA", 2018). The paper learns from what is younger, on thousands of processors.
   - Priorities are the last errors of the network's value, |v⁰ − z|; the paper's are of the searched one at first.
