@@ -40,7 +40,7 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
         3,
     ),
     "returns": ({"V-trace": "cartpole", "n-step returns": "cartpole --no-vtrace"}, 3),
-    "lean": ({"games lean": "cartpole", "they don't": "cartpole --lean 0"}, 3),
+    "lean": ({"games lean": "cartpole", "they don't": "cartpole --lean 0"}, 5),
     "tictactoe": ({"tic-tac-toe": "tictactoe"}, 1),
     "connect4": ({"Connect Four": "connect4"}, 1),
 }
