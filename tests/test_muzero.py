@@ -985,8 +985,8 @@ def test_what_is_seen_is_normalised_by_what_was_seen():
 
 @pytest.mark.learning
 def test_it_learns_to_balance_a_pole(tmp_path):
-    """A minute and a half; random moves, and the search with a network that has learned nothing, are measured too."""
-    flags = "--total-timesteps 5000 --eval-every 0 --eval-episodes 10 --picture-every 0"
+    """Two minutes; random moves, and the search with a network that has learned nothing, are measured too."""
+    flags = "--total-timesteps 10000 --eval-every 0 --eval-episodes 10 --picture-every 0"
     learned = helpers.scalars(helpers.run("muzero", flags, tmp_path / "run"))["eval/episodic_return"]
     args = muzero.PRESETS["cartpole"][1]
     envs = [muzero.make_task(args) for _ in range(10)]
@@ -995,4 +995,4 @@ def test_it_learns_to_balance_a_pole(tmp_path):
     rng = np.random.default_rng(0)
     by_chance = np.mean(muzero.evaluate(lambda: lambda obs: int(rng.integers(2)), envs[0], 20, 1, 500)[0])
     assert max(untrained, by_chance) < 60
-    assert list(learned.values())[-1] > 100  # seven seeds had 142 to 500 then
+    assert list(learned.values())[-1] > 400  # eight seeds had 500 by then; at half of it they had 142 to 500
