@@ -71,7 +71,7 @@ Deviations from the paper and its pseudocode:
   - CartPole and the boards are searched as Danihelka et al. do, with c_scale = 0.1 and 0.3, and Q normalised over the
     tree. Their ν is Σ π' Q at the root, whose visits are spread evenly whatever Q says.
   - Boards' games of self-play begin after a few random moves (--openings), for Gumbel's search soon plays the same
-    lines. CartPole's lean to one side or the other (--lean), so that not all drift to the same end of the track.
+    lines.
   - CartPole's n-step returns are corrected for what followed having been played by an older, worse policy (--vtrace;
     after L. Espeholt et al., "IMPALA", 2018). The paper learns from what is younger, on thousands of processors.
   - Priorities are the last errors of the network's value, |v⁰ − z|; the paper's are of the searched one at first.
@@ -150,9 +150,6 @@ class Args:
     """T is halved at half, and again at three quarters of these steps; 0: it stays."""
     temperature_moves: int = 0
     """After so many moves of a game the most visited action is taken; 0: never."""
-    lean: float = 0.0
-    """Games of self-play lean to one action each, by 0 (the first game) to so many logits (the last): where the search
-    is undecided they go different ways, and go on so. --vtrace takes it out of the returns."""
     openings: int = 0
     """Boards: a game of self-play begins after 0 to so many random moves, which are not kept."""
     gamma: float = 0.997
@@ -264,7 +261,7 @@ PRESETS = {
     "cartpole": (
         "CartPole-v1",
         Args(
-            search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98, lean=3.0, total_timesteps=30_000,
+            search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98, total_timesteps=30_000,
             decay_steps=30_000,
         ),
     ),
@@ -709,21 +706,15 @@ class TreePlanner:
 
 def draw_actions(found: Found, temperature: np.ndarray, args: Args) -> tuple[np.ndarray, np.ndarray]:
     """Step (2): p(a) ∝ N(a)^(1/T), T [B]; 0: the most visited. The Gumbel search has its dice at the root already:
-    where it considers every action what it takes is near to a draw from π'. With --lean it is drawn from π', or the
-    visits, times e^(lean of this game). Actions, and how likely each was."""
-    every, (games, actions) = np.arange(len(found.visits)), found.visits.shape
+    where it considers every action what it takes is near to a draw from π'. Actions, and how likely each was."""
+    every = np.arange(len(found.visits))
     if args.search == "gumbel":
-        if not args.lean:
-            return found.best, found.policy[every, found.best]
-        weight, T = found.policy, np.ones((games, 1))
-    else:
-        weight, T = found.visits, temperature[:, None]
-    lean = np.zeros((games, actions))
-    lean[every, every % actions] = args.lean * every / max(games - 1, 1)
-    logs = np.where(weight > 0, np.log(np.maximum(weight, 1e-30)), -np.inf) + T * lean
+        return found.best, found.policy[every, found.best]
+    T = temperature[:, None]
+    logs = np.where(found.visits > 0, np.log(np.maximum(found.visits, 1)), -np.inf)
     # Gumbel's way to draw: argmax of log p + g
     action = (logs + T * np.random.gumbel(size=logs.shape)).argmax(1)
-    return action, np.where(T[:, 0] > 0, softmax(logs / np.where(T > 0, T, 1.0))[every, action], 1.0)
+    return action, np.where(temperature > 0, softmax(logs / np.where(T > 0, T, 1.0))[every, action], 1.0)
 
 
 def temperature(args: Args, step: int, moves: np.ndarray) -> np.ndarray:
@@ -1115,7 +1106,7 @@ def check_settings(args: Args) -> None:
         (1, ("train_every", "batch_size", "support", "latent", "hidden", "channels", "frames", "opponent_depth")),
         (0, ("blocks", "episode_limit", "temperature", "temperature_steps", "temperature_moves", "reanalyze")),
         (0, ("decay_steps", "weight_decay", "priority_alpha", "priority_beta", "gumbel_visits", "consistency")),
-        (0, ("openings", "least_range", "lean")),
+        (0, ("openings", "least_range")),
     ):
         for name in names:
             if getattr(args, name) < least:

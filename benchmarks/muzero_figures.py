@@ -1,9 +1,8 @@
 """The figures of docs/muzero.md, each from several seeds of `algos/muzero.py`.
 
-    python benchmarks/muzero_figures.py cartpole        # five seeds of the default preset
+    python benchmarks/muzero_figures.py cartpole        # five seeds of the default preset; what each knows of the track
     python benchmarks/muzero_figures.py search          # the paper's search beside Gumbel's
     python benchmarks/muzero_figures.py returns         # with and without the correction of old returns
-    python benchmarks/muzero_figures.py lean            # games that lean, and not; what each run knows of the track
     python benchmarks/muzero_figures.py tictactoe       # self-play, then 400 games against each opponent
     python benchmarks/muzero_figures.py connect4
 
@@ -40,7 +39,6 @@ EXPERIMENTS = {  # label → command line, and the number of seeds
         3,
     ),
     "returns": ({"V-trace": "cartpole", "n-step returns": "cartpole --no-vtrace"}, 3),
-    "lean": ({"games lean": "cartpole", "they don't": "cartpole --lean 0"}, 5),
     "tictactoe": ({"tic-tac-toe": "tictactoe"}, 1),
     "connect4": ({"Connect Four": "connect4"}, 1),
 }
@@ -200,7 +198,7 @@ def main(args: Args) -> None:
                         print(f"| {opponent} | {seed} | {side} | {' | '.join(map(str, counts))} |")
                         for what, count in zip(("won", "drawn", "lost"), counts, strict=True):
                             rows.append([label, seed, f"after/{opponent}/{side}/{what}", 0, count])
-    if args.name == "lean":
+    if args.name == "cartpole":
         values = {label: [along_the_track(folder) for folder in folders[label]] for label in variants}
         draw_tracks(values, args.first_seed, ROOT / "docs" / "figures" / "muzero_track.png")
         middle = len(SPEEDS) // 2

@@ -411,7 +411,6 @@ CASES = {
             ("--averaging 0", "--averaging"),
             ("--learning-rate 0", "--learning-rate"),
             ("--temperature -1", "--temperature"),
-            ("--lean -1", "--lean"),
             ("--reanalyze -1", "--reanalyze"),
             ("--env-id ConnectFour-v0 --opponent perfect", "minimax"),
             ("--play no_such_folder", "no_such_folder"),

@@ -315,17 +315,16 @@ def test_the_boards_figures_come_from_finished_runs(tmp_path, monkeypatch, capsy
 def test_the_map_of_the_track_shows_the_networks_values(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "muzero_figures.py")
     short = "cartpole --total-timesteps 1200 --simulations 2 --hidden 16 --eval-every 600 --eval-episodes 2"
-    variants = {"lean": short, "not": f"{short} --lean 0"}
-    monkeypatch.setitem(runner.EXPERIMENTS, "lean", (variants, 1))
+    monkeypatch.setitem(runner.EXPERIMENTS, "cartpole", ({"MuZero": short}, 1))
     writes_into(tmp_path, runner, monkeypatch)
-    runner.main(runner.Args(name="lean", runs=tmp_path / "runs", workers=1, first_seed=5))
-    made, table = (tmp_path / "benchmarks/results/muzero_lean.csv").read_text(), capsys.readouterr().out
-    folder = next(path for path in (tmp_path / "runs").glob("*lean_0*__5") if path.is_dir())
+    runner.main(runner.Args(name="cartpole", runs=tmp_path / "runs", workers=1, first_seed=5))
+    made, table = (tmp_path / "benchmarks/results/muzero_cartpole.csv").read_text(), capsys.readouterr().out
+    folder = next(path for path in (tmp_path / "runs").glob("*__5") if path.is_dir())
     _, _, planner = runner.loaded(folder)
     left, right, middle = planner.values(np.array([[-2.4, -1, 0, 0], [2.4, 1, 0, 0], [0, 0, 0, 0]], np.float32))
     assert len({f"{y:.1f}" for y in (left, right, middle)}) == 3
     for where, value in (("left", left), ("right", right), ("middle", middle)):
-        assert f"not,5,value/{where},0,{value:.2f}\n" in made
+        assert f"MuZero,5,value/{where},0,{value:.2f}\n" in made
     assert f"| 5 | {left:.0f} | {right:.0f} | {middle:.0f} |" in table
     assert (tmp_path / "docs/figures/muzero_track.png").stat().st_size > 5_000
 

@@ -354,26 +354,6 @@ def test_actions_are_drawn_by_visits_and_temperature():
         assert np.allclose(chance, np.where(drawn == 1, share, 1 - share))
 
 
-@pytest.mark.parametrize("search", ["gumbel", "puct"])
-def test_games_lean_to_actions_where_the_search_is_undecided(search):
-    """Game i by lean · i / (games − 1) logits to action i mod A. What cannot be done stays so; what is sure, nearly."""
-    games, lean, draws = 4, 2.0, 5_000
-    visits = np.array([[5, 5, 0], [5, 5, 0], [5, 5, 0], [1, 999, 0]])
-    policy = visits / visits.sum(1, keepdims=True)
-    found = muzero.Found(visits, policy, None, visits.argmax(1), None, None, None)
-    args, T = Args(search=search, lean=lean), 0.5 if search == "puct" else 1.0
-    np.random.seed(0)
-    rounds = [muzero.draw_actions(found, np.full(games, T), args) for _ in range(draws)]
-    drawn, chance = (np.array(x) for x in zip(*rounds, strict=True))
-    for game in range(games):
-        weight = policy[game] ** (1 / T)
-        weight[game % 3] *= math.exp(lean * game / (games - 1))
-        right = weight / weight.sum()
-        assert np.allclose(chance[:, game], right[drawn[:, game]])
-        assert np.allclose(np.bincount(drawn[:, game], minlength=3) / draws, right, atol=0.03)
-    assert (drawn[:, 1] == 1).mean() > 0.6 and (drawn[:, 3] == 1).mean() > 0.98  # by 0.7 logits, and not by 2
-
-
 def test_temperature_falls_with_steps_or_moves():
     args = Args(temperature_steps=100, temperature_moves=0)
     assert [muzero.temperature(args, step, np.zeros(1))[0] for step in (0, 49, 50, 75, 500)] == [1, 1, 0.5, 0.25, 0.25]
