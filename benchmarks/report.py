@@ -8,9 +8,10 @@ Each finished run becomes benchmarks/results/curves/<run>.csv, and a row of benc
 it was. What is read takes the place of all that was there of the same command. A task is a file and its preset; all
 flags that it was run with share docs/figures/report_<file>_<preset>.png, where a page has its table, with the numbers
 of papers and public logs from benchmarks/marks.csv (a line across where a mark has no step). In README.md and docs/*.md
-two kinds of markers, which GitHub does not show, are filled; what nobody ran stays as it is:
+three kinds of markers, which GitHub does not show, are filled; what nobody ran stays as it is:
 
     <!-- report: mbpo pendulum -->  a table and its figure  <!-- end of report -->
+    <!-- report: speed mbpo -->  what benchmarks/speed.py --save wrote of a file  <!-- end of report -->
     <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
 
 Needs scipy: pip install -r benchmarks/requirements.txt
@@ -300,6 +301,33 @@ TABLE = re.compile(
 CELL = re.compile(r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[\w -]+?) -->)([^\n`]*?)(<!-- \. -->)")
 
 
+def rounded(rate: float) -> str:
+    rate = float(f"{rate:.3g}")
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:g}"
+
+
+def speed_table(file: str, measured: Path) -> Optional[str]:
+    """A file's rows of benchmarks/speed.py, those with torch.compile as a column; matrix products also as a share of
+    the machine's own."""
+    with open(measured, newline="") as source:
+        rows = [row for row in csv.DictReader(source) if row["file"] in (file, "matrix product")]
+    if all(row["file"] != file for row in rows):
+        return None
+    rates = {(row["hot_path"], row["unit"]): float(row["rate"]) for row in rows}
+    peak, columns = rates[rows[0]["hot_path"], "GFLOP/s"], ["hot path", "rate", "unit"]
+    if compiled := any(name.endswith(", compiled") for name, _ in rates):
+        columns.append("with `--compile`")
+    lines = [f"| {' | '.join(columns)} |", "|-" * len(columns) + "|"]
+    for (name, unit), rate in rates.items():
+        if not name.endswith(", compiled"):
+            share = f" ({rate / peak:.0%} of the matrix product's)" if unit == "GFLOP/s" and rate != peak else ""
+            more = rates.get((f"{name}, compiled", unit))
+            last = [rounded(more) if more else ""] if compiled else []
+            name = f"matrix product, {name}" if rate == peak else name
+            lines.append(f"| {' | '.join([name, rounded(rate), unit + share, *last])} |")
+    return "\n".join(lines)
+
+
 def filled(text: str, page: Path, groups: dict[str, dict[str, list[Run]]]) -> str:
     """A page with what its markers ask for."""
 
@@ -308,6 +336,10 @@ def filled(text: str, page: Path, groups: dict[str, dict[str, list[Run]]]) -> st
 
     def fill_table(found: re.Match) -> str:
         task = found["task"]
+        if task.startswith("speed "):
+            measured = ROOT / "benchmarks" / "results" / "speed_cpu.csv"
+            made = speed_table(task.removeprefix("speed "), measured) if measured.exists() else None
+            return f"{found[1]}\n{made}\n\n{found[3]}" if made else found[0]
         if task not in groups:
             return found[0]
         up = "" if page.parent.name == "docs" else "docs/"

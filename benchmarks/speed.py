@@ -3,6 +3,7 @@
     python benchmarks/speed.py
     python benchmarks/speed.py --save benchmarks/results/speed_cpu.csv
     python benchmarks/speed.py --only vin icm
+    python benchmarks/speed.py --compile                       # hot paths with torch.compile beside those without
 
 Timings of a shared machine are noisy: the variants of a row are timed in turn, round by round, and the best round
 of each counts. Quote ratios of one run.
@@ -48,6 +49,12 @@ def best_rates(variants: dict[str, tuple[Callable[[], object], float]], rounds: 
             call()
             best[name] = min(best[name], time.perf_counter() - start)
     return {name: units / best[name] for name, (_, units) in variants.items()}
+
+
+def kinds(compiled: bool) -> dict[str, bool]:
+    """What is added to the name of a row, and whether torch.compile is on. Round one compiles; the best counts."""
+    torch.compiler.reset()  # sizes that were met before would make it compile for all sizes
+    return {"": False, ", compiled": True} if compiled else {"": False}
 
 
 def matrix_product(rounds: int) -> dict[str, float]:
@@ -136,7 +143,7 @@ def candidates_one_by_one(predict: mpc_rs.Predict, s: torch.Tensor, actions: tor
                 total += r.item()
 
 
-def mpc_rs_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def mpc_rs_rates(rounds: int, compiled: bool = False) -> tuple[dict[str, float], dict[str, float]]:
     """Imagined model steps per second, and the GFLOP/s that their matrix products come to."""
     variants, flops = {}, {}
     for name, flags in {
@@ -146,12 +153,14 @@ def mpc_rs_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     }.items():
         args = mpc_rs.parse_args(flags)
         env = mpc_rs.make_task(args)
-        model = mpc_rs.make_model(args, env)
-        planner = mpc_rs.MPC(mpc_rs.predictor(args, model), env.action_space, args, torch.device("cpu"))
+        model, first = mpc_rs.make_model(args, env), name.endswith("one layer of 500")
         obs, _ = env.reset(seed=0)
-        variants[name] = (lambda planner=planner, obs=obs: planner.plan(obs)), args.candidates * args.horizon
-        flops[name] = 2 * sum(layer.weight.numel() for layer in model.net[::2])
-        if name.endswith("one layer of 500"):
+        for more, on in kinds(compiled and first).items():
+            made = replace(args, compile=on), env, mpc_rs.predictor(args, model), torch.device("cpu")
+            planner = mpc_rs.planner_maker(*made)()
+            variants[name + more] = functools.partial(planner.plan, obs), args.candidates * args.horizon
+            flops[name + more] = 2 * sum(layer.weight.numel() for layer in model.net[::2])
+        if first:
             s = torch.as_tensor(obs, dtype=torch.float32).expand(args.candidates, -1)
             actions = mpc_rs.uniform_sequences(planner.low, planner.high, args.candidates, args.horizon)
             loop = functools.partial(candidates_one_by_one, planner.predict, s, actions)
@@ -163,7 +172,7 @@ def mpc_rs_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
 # ── pets: plans ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def pets_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def pets_rates(rounds: int, compiled: bool = False) -> tuple[dict[str, float], dict[str, float]]:
     """Plans per second, and the GFLOP/s that their matrix products come to. A plan of the paper's size takes seconds:
     few rounds of it, and of each one iteration of CEM in place of its five."""
     rates, flops = {}, {}
@@ -175,12 +184,15 @@ def pets_rates(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
         args = pets.parse_args(flags.split())
         env = pets.make_task(args)
         model = pets.make_ensemble(args, env)
-        policy = pets.planners(args, env, pets.propagator(args, model, args.particles), torch.device("cpu"))()
         obs, _ = env.reset(seed=0)
-        few = min(rounds, 3) if share > 1 else rounds
-        rates[name] = best_rates({name: (functools.partial(policy.plan, obs), 1 / share)}, few)[name]
+        variants = {}
+        for more, on in kinds(compiled and not args.bf16).items():
+            made = replace(args, compile=on), env, pets.propagator(args, model, args.particles), torch.device("cpu")
+            variants[name + more] = functools.partial(pets.planners(*made)().plan, obs), 1 / share
+        found = best_rates(variants, min(rounds, 3) if share > 1 else rounds)
         rows = args.candidates * args.particles * args.horizon * args.iterations * share
-        flops[name] = rates[name] * rows * 2 * sum(w[0].numel() for w in model.weights) / 1e9
+        rates |= found
+        flops |= {n: rate * rows * 2 * sum(w[0].numel() for w in model.weights) / 1e9 for n, rate in found.items()}
     return rates, flops
 
 
@@ -218,13 +230,14 @@ def plain_update(sac: mbpo.SAC, optimizers: list, s: torch.Tensor, a: torch.Tens
         target.data.copy_(0.995 * target.data + 0.005 * value.data)
 
 
-def mbpo_rates(rounds: int) -> list[tuple[str, str, float]]:
+def mbpo_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     """At HalfCheetah's sizes: updates of SAC with their sampling, training steps of the ensemble, imagined rows."""
     torch.manual_seed(0)
     args, cpu = mbpo.parse_args(["halfcheetah"]), torch.device("cpu")
     env = mbpo.make_task(args)
     (D,), (A,) = env.observation_space.shape, env.action_space.shape
-    sac, model = mbpo.SAC(D, A, args, cpu), mbpo.make_world(args, env)
+    sacs = {more: mbpo.SAC(D, A, replace(args, compile=on), cpu) for more, on in kinds(compiled).items()}
+    sac, model = sacs[""], mbpo.make_world(args, env)
     model.target_scale.fill_(0.01)
     replay = mbpo.ReplayBuffer(5_000, env.observation_space, env.action_space)
     for row in torch.randn(5_000, D + A + D).numpy():
@@ -258,7 +271,13 @@ def mbpo_rates(rounds: int) -> list[tuple[str, str, float]]:
     few = min(rounds, 5)
     rates = best_rates(
         {
-            "SAC, 2 × 256, batch 256": (lambda: updates(lambda *x: sac.update(*x, None)), args.updates),
+            f"SAC, 2 × 256, batch 256{more}": (
+                functools.partial(updates, functools.partial(one.update, predict=None)),
+                args.updates,
+            )
+            for more, one in sacs.items()
+        }
+        | {
             "(SAC as one would first write it)": (
                 lambda: updates(functools.partial(plain_update, sac, optimizers)),
                 args.updates,
@@ -317,7 +336,7 @@ def twice_through_everything(learner: mage.TD3, predict: mage.Predict, s: torch.
     learner.optimizers["critics"].step()
 
 
-def mage_rates(rounds: int) -> list[tuple[str, str, float]]:
+def mage_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     """At the paper's sizes for HalfCheetah: updates of the critics, with the policy's each second time, and training
     steps of the model."""
     torch.manual_seed(0)
@@ -328,18 +347,18 @@ def mage_rates(rounds: int) -> list[tuple[str, str, float]]:
         data.append(torch.randn(args.batch_size, *shape))
     batch = mage.Transitions(*data, *[torch.zeros(args.batch_size, dtype=torch.bool)] * 2)
     model.set_normalizer(batch)
-    learners = {}
-    for kind in ("ours", "public"):
-        learners[kind] = mage.make_learner(args, env, cpu)
+    ways = kinds(compiled)
+    learners = {more: mage.make_learner(replace(args, compile=on), env, cpu) for more, on in ways.items()}
+    learners["public"] = mage.make_learner(args, env, cpu)
     for network in learners["public"].networks().values():
         network.requires_grad_(True)  # the targets too
     half, every = torch.ones(env.action_space.shape), through_every_member(args, model)
     predict = mage.sampler(args, model, 0 * half, half)
 
-    def ours(world: mage.Predict) -> None:
+    def ours(learner: mage.TD3, world: mage.Predict) -> None:
         for _ in range(args.policy_every):
-            learners["ours"].fit_critics(batch.obs, *learners["ours"].target(batch, world))
-            learners["ours"].improve(batch.obs)
+            learner.fit_critics(batch.obs, *learner.target(batch, world))
+            learner.improve(batch.obs)
 
     def public() -> None:
         for _ in range(args.policy_every):
@@ -356,8 +375,14 @@ def mage_rates(rounds: int) -> list[tuple[str, str, float]]:
     few = min(rounds, 5)
     rates = best_rates(
         {
-            "MAGE, 8 × 4×512, batch 1,024": (functools.partial(ours, predict), args.policy_every),
-            "(one backward, all members compute all rows)": (functools.partial(ours, every), args.policy_every),
+            f"MAGE, 8 × 4×512, batch 1,024{more}": (functools.partial(ours, learners[more], predict), args.policy_every)
+            for more in ways
+        }
+        | {
+            "(one backward, all members compute all rows)": (
+                functools.partial(ours, learners[""], every),
+                args.policy_every,
+            ),
             "(as the public code: two backwards, all members)": (public, args.policy_every),
         },
         few,
@@ -405,7 +430,7 @@ def one_maze(n: int, obstacles: int) -> None:
             return
 
 
-def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
+def vin_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     def plan(how: Callable, x: torch.Tensor) -> None:
         with torch.no_grad():
             how(x[:32])
@@ -430,8 +455,10 @@ def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
         training, taught, *_ = vin.make_mazes(**recipe)
         x, net = vin.images(training), vin.VIN(2, args.size, 8, args)
         optimizer = torch.optim.RMSprop(net.parameters(), 1e-4, alpha=0.9, eps=1e-3)
-        kinds = {preset: net.plan, f"({preset}, as one would first write it)": functools.partial(plain_plan, net)}
-        for name, how in kinds.items():
+        first = kinds(compiled and preset == "maze8")
+        ways = {preset + more: torch.compile(net.plan) if on else net.plan for more, on in first.items()}
+        ways[f"({preset}, as one would first write it)"] = functools.partial(plain_plan, net)
+        for name, how in ways.items():
             plans[name] = functools.partial(plan, how, x), args.iterations
             updates[name] = (
                 functools.partial(learn, how, x, taught, net, optimizer, args), args.batch_mazes * args.batch_cells
@@ -446,7 +473,7 @@ def vin_rates(rounds: int) -> list[tuple[str, str, float]]:
 # ── icm: steps of the environments, of the agent, and learned from ────────────────────────────────────────────────
 
 
-def icm_rates(rounds: int) -> list[tuple[str, str, float]]:
+def icm_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     """The default preset, by parts; the steps of one update each."""
     args, cpu = icm.Args(), torch.device("cpu")
     steps = args.envs * args.horizon
@@ -473,24 +500,26 @@ def icm_rates(rounds: int) -> list[tuple[str, str, float]]:
     def minibatches() -> list[torch.Tensor]:
         return [rows for _ in range(args.passes) for rows in torch.randperm(steps).chunk(args.minibatches)]
 
-    def curiosity() -> None:
+    def curiosity(losses: Callable) -> None:
         module.wonder(x, action, x2)
         for rows in minibatches():
-            sum(module.losses(x[rows], action[rows], x2[rows])).backward()
+            sum(losses(x[rows], action[rows], x2[rows])).backward()
 
-    def improve() -> None:
+    def improve(losses: Callable) -> None:
         for rows in minibatches():
             batch = (x[rows], action[rows], log_prob[rows], advantage[rows], target[rows])
-            sum(icm.ppo_losses(agent, *batch, args.clip)).backward()
+            sum(losses(agent, *batch, args.clip)).backward()
 
     apart.reset(seed=1)
     variants = {
         "the maze": (functools.partial(walk, envs, args.horizon), steps),
         "(the maze, one environment after another)": (functools.partial(walk, apart, 4), 4 * args.envs),
         "the maze and the policy": (play, steps),
-        "curiosity: bonuses and losses": (curiosity, steps),
-        "PPO's losses": (improve, steps),
     }
+    for more, on in kinds(compiled).items():
+        curious, greedy = (torch.compile(x) if on else x for x in (module.losses, icm.ppo_losses))
+        variants["curiosity: bonuses and losses" + more] = functools.partial(curiosity, curious), steps
+        variants["PPO's losses" + more] = functools.partial(improve, greedy), steps
     return [(name, "steps/s", rate) for name, rate in best_rates(variants, min(rounds, 10)).items()]
 
 
@@ -512,14 +541,28 @@ def step_by_step(world: dreamer_v1.WorldModel, batch: dreamer_v1.Sequences, args
     return fit + args.kl_scale * kl.clamp(min=args.free_nats)
 
 
-def dreamer_v1_rates(rounds: int) -> list[tuple[str, str, float]]:
+def flops_of(call: Callable) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def update_rates(calls: dict[str, Callable], flops: dict[str, int], large: dict, rounds: int) -> list["Row"]:
+    """Both Dreamers' rows; what is large is called twice at most."""
+    slow = {name: (call, 1) for name, call in calls.items() if name.endswith(tuple(large))}
+    quick = {name: (call, 1) for name, call in calls.items() if name not in slow}
+    best = best_rates(quick, min(rounds, 10)) | (best_rates(slow, 2) if slow else {})
+    rows = [(name, "updates/s", rate) for name, rate in best.items()]
+    return rows + [(name, "GFLOP/s", best[name] * count / 1e9) for name, count in flops.items()]
+
+
+def dreamer_v1_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     """An update and its parts in the default preset; at the paper's sizes, where there is time for it."""
-    rows, cpu = [], torch.device("cpu")
-    paper = dreamer_v1.RELEASED
-    variants = {"": next(iter(dreamer_v1.PRESETS.values()))[1], ", the paper's sizes": paper}
-    for name, args in (variants | {", the paper's sizes in bfloat16": replace(paper, bf16=True)}).items():
-        if name and rounds == 1:
-            break
+    cpu, calls, flops = torch.device("cpu"), {}, {}
+    usual, paper = next(iter(dreamer_v1.PRESETS.values()))[1], dreamer_v1.RELEASED
+    variants = {more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
+    large = {", the paper's sizes": paper, ", the paper's sizes in bfloat16": replace(paper, bf16=True)}
+    for name, args in (variants | (large if rounds > 1 else {})).items():
         env = dreamer_v1.make_task(replace(args, env_id="Pendulum-v1", action_repeat=1))
         dreamer, shape = dreamer_v1.Dreamer(args, env, cpu), (args.batch_size, args.batch_length)
         obs = torch.randint(256, (*shape, *env.observation_space.shape), dtype=torch.uint8)
@@ -546,26 +589,23 @@ def dreamer_v1_rates(rounds: int) -> list[tuple[str, str, float]]:
             behaviour(model())
             dreamer.step()
 
-        with FlopCounterMode(display=False) as counter:
-            update()
         states = dreamer_v1.State(*(x.detach() for x in model()))
-        calls = {"update": update, "the world model's part": model}
+        calls |= {"update" + name: update, "the world model's part" + name: model}
+        if name not in large:
+            calls["the behaviour's part" + name] = functools.partial(behaviour, states)
         if not name:
             calls["(the world model's, time by time)"] = plain
-            calls["the behaviour's part"] = functools.partial(behaviour, states)
-        best = best_rates({what: (call, 1) for what, call in calls.items()}, min(rounds, 2 if name else 10))
-        rows += [(what + name, "updates/s", rate) for what, rate in best.items()]
-        rows.append(("update" + name, "GFLOP/s", best["update"] * counter.get_total_flops() / 1e9))
-    return rows
+        if not args.compile:
+            flops["update" + name] = flops_of(update)
+    return update_rates(calls, flops, large, rounds)
 
 
-def dreamer_v2_rates(rounds: int) -> list[tuple[str, str, float]]:
+def dreamer_v2_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     """An update and its parts in the default preset; at the released sizes for Atari, where there is time for it."""
-    rows, cpu = [], torch.device("cpu")
-    atari = dreamer_v2.PRESETS["pong"][1]
-    for name, args in (("", next(iter(dreamer_v2.PRESETS.values()))[1]), (", the released sizes", atari)):
-        if name and rounds == 1:
-            break
+    cpu, calls, flops = torch.device("cpu"), {}, {}
+    usual, large = next(iter(dreamer_v2.PRESETS.values()))[1], {", the released sizes": dreamer_v2.PRESETS["pong"][1]}
+    variants = {more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
+    for name, args in (variants | (large if rounds > 1 else {})).items():
         env = dreamer_v2.make_task(args)
         dreamer, shape = dreamer_v2.DreamerV2(args, env, cpu), (args.batch_size, args.batch_length)
         obs = torch.randint(256, (*shape, *env.observation_space.shape), dtype=torch.uint8)
@@ -588,23 +628,21 @@ def dreamer_v2_rates(rounds: int) -> list[tuple[str, str, float]]:
             behaviour(model())
             dreamer.step("actor", "value")
 
-        with FlopCounterMode(display=False) as counter:
-            update()
         states = dreamer_v2.DiscreteState(*(x.detach() for x in model()))
-        calls = {"update": update, "the world model's part": model}
-        if not name:
-            calls["the behaviour's part"] = functools.partial(behaviour, states)
-        best = best_rates({what: (call, 1) for what, call in calls.items()}, min(rounds, 2 if name else 10))
-        rows += [(what + name, "updates/s", rate) for what, rate in best.items()]
-        rows.append(("update" + name, "GFLOP/s", best["update"] * counter.get_total_flops() / 1e9))
-    return rows
+        calls |= {"update" + name: update, "the world model's part" + name: model}
+        if name not in large:
+            calls["the behaviour's part" + name] = functools.partial(behaviour, states)
+        if not args.compile:
+            flops["update" + name] = flops_of(update)
+    return update_rates(calls, flops, large, rounds)
 
 
 # ── muzero: simulations ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def muzero_rates(rounds: int) -> list[tuple[str, str, float]]:
-    """Simulations per second, the network's calls included, 50 for each root; and the network's share of the time."""
+def muzero_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
+    """Simulations per second, the network's calls included, 50 for each root; the network's share of the time; and
+    updates of CartPole's network."""
     rows, few = [], min(rounds, 5)
     tasks = {"CartPole-v1": {}, "ConnectFour-v0": {"channels": 64, "blocks": 1, "squash": False, "support": 1}}
     for env_id, changes in tasks.items():
@@ -631,15 +669,34 @@ def muzero_rates(rounds: int) -> list[tuple[str, str, float]]:
             rate = best_rates({name: (call, batch * args.simulations)}, few)[name]
             rows += [(name, "simulations/s", rate), (name, "% of the time in the network", 100 * share)]
             rows.append((name, "% of the time in the tree", 100 * (1 - share)))
-    return rows
+    args = muzero.PRESETS["cartpole"][1]
+    planner = muzero.make_tree_planner(args, muzero.make_task(args), torch.device("cpu"))
+    network, B, K, A = planner.network, args.batch_size, args.unroll, 2
+    batch = muzero.Unrolled(
+        obs=torch.randn(B, 4), action=torch.randint(A, (B, K)), value=torch.rand(B, K + 1), reward=torch.ones(B, K),
+        policy=torch.full((B, K + 1, A), 1 / A), known=torch.ones(B, K + 1), moved=torch.ones(B, K + 1),
+        weight=torch.ones(B), later=torch.randn(K, B, 4),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
+
+    def update(loss_of: Callable) -> None:
+        optimizer.zero_grad()
+        loss_of(network, batch, args)[1].backward()
+        optimizer.step()
+
+    updates = {}
+    for more, on in kinds(compiled).items():
+        loss_of = torch.compile(muzero.muzero_loss) if on else muzero.muzero_loss
+        updates[f"CartPole-v1, {B} positions, {K} steps{more}"] = functools.partial(update, loss_of), 1
+    return rows + [(name, "updates/s", rate) for name, rate in best_rates(updates, rounds).items()]
 
 
 Row = tuple[str, str, float]  # what, unit, rate
-MEASURED: dict[str, Callable[[int], list[Row]]] = {
-    "matrix product": lambda rounds: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
-    "dyna_q": lambda rounds: [(name, "million updates/s", rate / 1e6) for name, rate in dyna_q_rates(rounds).items()],
-    "mpc_rs": lambda rounds: with_flops("million model steps/s", 1e6, *mpc_rs_rates(rounds)),
-    "pets": lambda rounds: with_flops("plans/s", 1, *pets_rates(rounds)),
+MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
+    "matrix product": lambda rounds, _: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
+    "dyna_q": lambda rounds, _: [(name, "million updates/s", x / 1e6) for name, x in dyna_q_rates(rounds).items()],
+    "mpc_rs": lambda rounds, compiled: with_flops("million model steps/s", 1e6, *mpc_rs_rates(rounds, compiled)),
+    "pets": lambda rounds, compiled: with_flops("plans/s", 1, *pets_rates(rounds, compiled)),
     "mbpo": mbpo_rates,
     "mage": mage_rates,
     "vin": vin_rates,
@@ -661,6 +718,8 @@ class Args:
     """Rounds; the best counts."""
     threads: int = torch.get_num_threads()
     """Torch's threads."""
+    compile: bool = False
+    """Also what torch.compile makes of the hot paths; dyna_q has nothing to compile. Takes two rounds at least."""
     only: tuple[Literal[tuple(MEASURED)], ...] = tuple(MEASURED)
     """These alone."""
     save: Optional[Path] = None
@@ -668,6 +727,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if args.compile and args.rounds < 2:
+        sys.exit("--compile needs two rounds at least: the first one compiles")
     torch.set_num_threads(args.threads)
     python = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{platform.machine()}, {args.threads} threads, {python}\n")
@@ -678,7 +739,7 @@ def main(args: Args) -> None:
             for name, *row in list(csv.reader(file))[1:]:
                 table[name].append(row)
     for file in args.only:
-        rows = MEASURED[file](args.rounds)
+        rows = MEASURED[file](args.rounds, args.compile)
         table[file] = [(name, unit, f"{rate:.4g}") for name, unit, rate in rows]
         for name, unit, rate in rows:
             print(f"| {file} | {name} | {rate:.3g} | {unit} |", flush=True)

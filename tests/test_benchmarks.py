@@ -1,5 +1,6 @@
 """The benchmarks still run, and what they compute is right."""
 
+import csv
 import json
 import math
 import subprocess
@@ -27,6 +28,21 @@ def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     assert [row.rsplit(",", 1)[0] for row in again] == [row.rsplit(",", 1)[0] for row in rows]
     changed = {row.split(",")[0] for row, other in zip(again, rows, strict=True) if row != other}
     assert changed == {"dyna_q"}
+
+
+@pytest.mark.learning  # a minute of compiling
+def test_speed_with_and_without_compile(tmp_path):
+    with pytest.raises(SystemExit):
+        speed.main(speed.Args(rounds=1, compile=True))
+    some = ("mpc_rs", "mbpo", "icm")
+    speed.main(speed.Args(rounds=2, threads=1, compile=True, only=some, save=tmp_path / "speed.csv"))
+    with open(tmp_path / "speed.csv", newline="") as file:
+        rates = {(row["file"], row["hot_path"]): float(row["rate"]) for row in csv.DictReader(file)}
+    compiled = [(file, name) for file, name in rates if name.endswith(", compiled")]
+    assert [file for file, _ in compiled] == ["mpc_rs", "mbpo", "icm", "icm"]
+    for file, name in compiled:
+        assert 0.05 < rates[file, name] / rates[file, name.removesuffix(", compiled")] < 20
+    torch.compiler.reset()
 
 
 def test_a_run_gives_its_curves():
