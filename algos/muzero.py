@@ -47,7 +47,7 @@ Two players are one with γ = −1: each reward and value is told from the side 
 next mover is bad for this one. The search, the store and the losses never ask whose move it is.
 
 Run (docs/muzero.md has what was measured):
-    python algos/muzero.py                                    # CartPole-v1, 8 minutes: 500, and there to stay
+    python algos/muzero.py                                    # CartPole-v1, 10 minutes: 500 of 500
     python algos/muzero.py tictactoe                          # 34 minutes: no loss in 400 games against perfect play
     python algos/muzero.py connect4
     python algos/muzero.py --search puct                      # the paper's search

@@ -512,14 +512,14 @@ def icm_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float
 
     apart.reset(seed=1)
     variants = {
-        "the maze": (functools.partial(walk, envs, args.horizon), steps),
-        "(the maze, one environment after another)": (functools.partial(walk, apart, 4), 4 * args.envs),
-        "the maze and the policy": (play, steps),
+        "64 mazes at a time": (functools.partial(walk, envs, args.horizon), steps),
+        "(the same, one environment after another)": (functools.partial(walk, apart, 4), 4 * args.envs),
+        "mazes and policy": (play, steps),
     }
     for more, on in kinds(compiled).items():
         curious, greedy = (torch.compile(x) if on else x for x in (module.losses, icm.ppo_losses))
-        variants["curiosity: bonuses and losses" + more] = functools.partial(curiosity, curious), steps
-        variants["PPO's losses" + more] = functools.partial(improve, greedy), steps
+        variants["curiosity: bonuses, four passes of losses" + more] = functools.partial(curiosity, curious), steps
+        variants["PPO's losses, four passes" + more] = functools.partial(improve, greedy), steps
     return [(name, "steps/s", rate) for name, rate in best_rates(variants, min(rounds, 10)).items()]
 
 
@@ -560,8 +560,9 @@ def dreamer_v1_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str
     """An update and its parts in the default preset; at the paper's sizes, where there is time for it."""
     cpu, calls, flops = torch.device("cpu"), {}, {}
     usual, paper = next(iter(dreamer_v1.PRESETS.values()))[1], dreamer_v1.RELEASED
-    variants = {more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
-    large = {", the paper's sizes": paper, ", the paper's sizes in bfloat16": replace(paper, bf16=True)}
+    small, much = ", 8 × 32 pictures of 32 × 32", ", 50 × 50 of 64 × 64"  # the default preset, the paper's sizes
+    variants = {small + more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
+    large = {much: paper, f"{much} in bfloat16": replace(paper, bf16=True)}
     for name, args in (variants | (large if rounds > 1 else {})).items():
         env = dreamer_v1.make_task(replace(args, env_id="Pendulum-v1", action_repeat=1))
         dreamer, shape = dreamer_v1.Dreamer(args, env, cpu), (args.batch_size, args.batch_length)
@@ -593,7 +594,7 @@ def dreamer_v1_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str
         calls |= {"update" + name: update, "the world model's part" + name: model}
         if name not in large:
             calls["the behaviour's part" + name] = functools.partial(behaviour, states)
-        if not name:
+        if name == small:
             calls["(the world model's, time by time)"] = plain
         if not args.compile:
             flops["update" + name] = flops_of(update)
@@ -603,8 +604,9 @@ def dreamer_v1_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str
 def dreamer_v2_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     """An update and its parts in the default preset; at the released sizes for Atari, where there is time for it."""
     cpu, calls, flops = torch.device("cpu"), {}, {}
-    usual, large = next(iter(dreamer_v2.PRESETS.values()))[1], {", the released sizes": dreamer_v2.PRESETS["pong"][1]}
-    variants = {more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
+    usual, small = next(iter(dreamer_v2.PRESETS.values()))[1], ", 16 × 8 pictures of 32 × 32"
+    variants = {small + more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
+    large = {", 16 × 50 of 64 × 64": dreamer_v2.PRESETS["pong"][1]}  # the released sizes for games
     for name, args in (variants | (large if rounds > 1 else {})).items():
         env = dreamer_v2.make_task(args)
         dreamer, shape = dreamer_v2.DreamerV2(args, env, cpu), (args.batch_size, args.batch_length)
@@ -641,8 +643,8 @@ def dreamer_v2_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str
 
 
 def muzero_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    """Simulations per second, the network's calls included, 50 for each root; the network's share of the time; and
-    updates of CartPole's network."""
+    """Simulations per second, the network's calls included, 50 for each root; the network's share of the time, the
+    rest is the tree's; and updates of CartPole's network."""
     rows, few = [], min(rounds, 5)
     tasks = {"CartPole-v1": {}, "ConnectFour-v0": {"channels": 64, "blocks": 1, "squash": False, "support": 1}}
     for env_id, changes in tasks.items():
@@ -667,8 +669,7 @@ def muzero_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, fl
             call()
             share = spent[0] / (time.perf_counter() - start)
             rate = best_rates({name: (call, batch * args.simulations)}, few)[name]
-            rows += [(name, "simulations/s", rate), (name, "% of the time in the network", 100 * share)]
-            rows.append((name, "% of the time in the tree", 100 * (1 - share)))
+            rows += [(name, "simulations/s", rate), (name, "% of it in the network", 100 * share)]
     args = muzero.PRESETS["cartpole"][1]
     planner = muzero.make_tree_planner(args, muzero.make_task(args), torch.device("cpu"))
     network, B, K, A = planner.network, args.batch_size, args.unroll, 2
