@@ -975,4 +975,4 @@ def test_it_learns_to_balance_a_pole(tmp_path):
     rng = np.random.default_rng(0)
     by_chance = np.mean(muzero.evaluate(lambda: lambda obs: int(rng.integers(2)), envs[0], 20, 1, 500)[0])
     assert max(untrained, by_chance) < 60
-    assert list(learned.values())[-1] > 400  # eight seeds had 500 by then; at half of it they had 142 to 500
+    assert list(learned.values())[-1] > 400  # of ten seeds nine had 500 by then, one 474; at half of it 122 to 500
