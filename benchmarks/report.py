@@ -313,18 +313,21 @@ def speed_table(file: str, measured: Path) -> Optional[str]:
         rows = [row for row in csv.DictReader(source) if row["file"] in (file, "matrix product")]
     if all(row["file"] != file for row in rows):
         return None
-    rates = {(row["hot_path"], row["unit"]): float(row["rate"]) for row in rows}
-    peak, columns = rates[rows[0]["hot_path"], "GFLOP/s"], ["hot path", "rate", "unit"]
+    rates = {(row["hot_path"], row["unit"]): float(row["rate"]) for row in rows if row["file"] == file}
+    peak = {f"matrix product, {row['hot_path']}": float(row["rate"]) for row in rows if row["file"] != file}
+    columns = ["hot path", "rate", "unit"]
     if compiled := any(name.endswith(", compiled") for name, _ in rates):
         columns.append("with `--compile`")
     lines = [f"| {' | '.join(columns)} |", "|-" * len(columns) + "|"]
+    lines += [f"| {name} | {rounded(rate)} | GFLOP/s |{'  |' if compiled else ''}" for name, rate in peak.items()]
     for (name, unit), rate in rates.items():
         if not name.endswith(", compiled"):
-            share = f" ({rate / peak:.0%} of the matrix product's)" if unit == "GFLOP/s" and rate != peak else ""
+            shares = [f" ({rate / most:.0%} of the matrix product's)" for most in peak.values() if unit == "GFLOP/s"]
             more = rates.get((f"{name}, compiled", unit))
             last = [rounded(more) if more else ""] if compiled else []
-            name = f"matrix product, {name}" if rate == peak else name
-            lines.append(f"| {' | '.join([name, rounded(rate), unit + share, *last])} |")
+            lines.append(f"| {' | '.join([name, rounded(rate), unit + ''.join(shares), *last])} |")
+    threads, version = (", ".join(sorted({row[name] for row in rows})) for name in ("threads", "torch"))
+    lines += ["", f"*Threads: {threads}; torch {version}.*"]
     return "\n".join(lines)
 
 

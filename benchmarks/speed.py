@@ -161,9 +161,10 @@ def mpc_rs_rates(rounds: int, compiled: bool = False) -> tuple[dict[str, float],
             variants[name + more] = functools.partial(planner.plan, obs), args.candidates * args.horizon
             flops[name + more] = 2 * sum(layer.weight.numel() for layer in model.net[::2])
         if first:
+            plain = mpc_rs.predictor(args, model)
             s = torch.as_tensor(obs, dtype=torch.float32).expand(args.candidates, -1)
             actions = mpc_rs.uniform_sequences(planner.low, planner.high, args.candidates, args.horizon)
-            loop = functools.partial(candidates_one_by_one, planner.predict, s, actions)
+            loop = functools.partial(candidates_one_by_one, plain, s, actions)
             variants["(HalfCheetah, a loop over candidates)"] = loop, 10 * args.horizon
     rates = best_rates(variants, rounds)
     return rates, {name: rates[name] * flops[name] / 1e9 for name in flops}
@@ -369,9 +370,10 @@ def mage_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, floa
     rows = torch.randint(args.batch_size, (args.members, args.model_batch_size))
     own = mage.Transitions(*(column[rows] for column in batch))
 
-    def train() -> None:
-        mage.descend(optimizer, mage.world_loss(model, own), args.gradient_clip)
+    def train(loss: Callable) -> None:
+        mage.descend(optimizer, loss(model, own), args.gradient_clip)
 
+    losses = {more: torch.compile(mage.world_loss) if on else mage.world_loss for more, on in ways.items()}
     few = min(rounds, 5)
     rates = best_rates(
         {
@@ -387,7 +389,9 @@ def mage_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, floa
         },
         few,
     )
-    steps = best_rates({"its model, batch 256": (train, 1)}, few)
+    steps = best_rates(
+        {f"its model, batch 256{more}": (functools.partial(train, loss), 1) for more, loss in losses.items()}, few
+    )
     rows = [(name, "updates/s", rate) for name, rate in rates.items()]
     return rows + [(name, "training steps/s", rate) for name, rate in steps.items()]
 
@@ -724,7 +728,7 @@ class Args:
     only: tuple[Literal[tuple(MEASURED)], ...] = tuple(MEASURED)
     """These alone."""
     save: Optional[Path] = None
-    """Also write the table here, as CSV; rows of what was not measured now stay as they are there."""
+    """Also write the table here, as CSV: the files that were measured anew, the others stay as they are there."""
 
 
 def main(args: Args) -> None:
@@ -741,13 +745,13 @@ def main(args: Args) -> None:
                 table[name].append(row)
     for file in args.only:
         rows = MEASURED[file](args.rounds, args.compile)
-        table[file] = [(name, unit, f"{rate:.4g}") for name, unit, rate in rows]
+        table[file] = [(name, unit, f"{rate:.4g}", args.threads, torch.__version__) for name, unit, rate in rows]
         for name, unit, rate in rows:
             print(f"| {file} | {name} | {rate:.3g} | {unit} |", flush=True)
     if args.save:
         with open(args.save, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["file", "hot_path", "unit", "rate"])
+            writer.writerow(["file", "hot_path", "unit", "rate", "threads", "torch"])
             writer.writerows([name, *row] for name, rows in table.items() for row in rows)
 
 
