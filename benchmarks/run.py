@@ -183,8 +183,15 @@ class Watched:
     score: float = float("nan")
     loaders: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.begun_before = self.written()
+
+    def written(self) -> int:
+        """When the run was last begun or gone on with; 0: never."""
+        return self.run.commits.stat().st_mtime_ns if self.run.commits.exists() else 0
+
     def look(self) -> None:
-        if self.state == "waiting" and self.run.folder.exists():
+        if self.state == "waiting" and self.written() != self.begun_before:
             self.state = "running"
         for path in self.run.folder.glob("events.out.tfevents*"):
             for event in self.loaders.setdefault(path, EventFileLoader(str(path))).Load():

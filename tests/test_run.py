@@ -58,11 +58,14 @@ def test_how_far_a_run_is_can_be_seen(tmp_path):
     one = runner.Watched(run)
     one.look()
     assert one.state == "waiting"
-    helpers.run("dyna_q", f"{run.flags} --seed 3", run.folder)
+    runner.train(run)
     one.look()
     assert one.state == "running" and one.step == 600
     assert one.score == pytest.approx(helpers.scalars(run.folder)["eval/episodic_return"][600])
     assert "100 %" in one.row() and run.folder.name in one.row()
+    again = runner.Watched(run)
+    again.look()
+    assert again.state == "waiting"  # there is a folder, and it is not this one's turn yet
 
 
 @pytest.mark.learning  # they train
