@@ -245,8 +245,18 @@ def main(args: Args) -> None:
     watched = [Watched(run) for run in runs]
     pending = {task.remote(run, max(int(args.cpus), 1)): one for run, one in zip(runs, watched, strict=True)}
     drawn, last = 0, 0.0
+    # A KeyboardInterrupt that is raised where Python cleans up is lost: the first Ctrl-C is only noted
+    told: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        told.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    usual = signal.signal(signal.SIGINT, note)
     try:
         while pending:
+            if told:
+                raise KeyboardInterrupt
             done, _ = ray.wait(list(pending), timeout=min(args.every, 1.0))
             for ref in done:
                 one = pending.pop(ref)
@@ -266,6 +276,8 @@ def main(args: Args) -> None:
         ray.wait(list(pending), num_returns=len(pending), timeout=60)
         print("stopped; the same command goes on")
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, usual)
     if any(one.state == "failed" for one in watched):
         raise SystemExit(1)
 
