@@ -5,10 +5,11 @@
     python benchmarks/report.py --check                    # write nothing; name what differs from the curves
 
 Each finished run becomes benchmarks/results/curves/<run>.csv, and a row of benchmarks/results/runs.csv that says what
-it was. What is read takes the place of all that was there of the same command. A task is a file and its preset; all
-flags that it was run with share docs/figures/report_<file>_<preset>.png, where a page has its table, with the numbers
-of papers and public logs from benchmarks/marks.csv (a line across where a mark has no step). In README.md and docs/*.md
-three kinds of markers, which GitHub does not show, are filled; what nobody ran stays as it is:
+it was. What is read takes the place of all that was there of the same command, or with --beside of its own seed alone.
+A task is a file and its preset; all flags that it was run with share docs/figures/report_<file>_<preset>.png, where a
+page has its table, with the numbers of papers and public logs from benchmarks/marks.csv (a line across where a mark has
+no step). In README.md and docs/*.md three kinds of markers, which GitHub does not show, are filled; what nobody ran
+stays as it is:
 
     <!-- report: mbpo pendulum -->  a table and its figure  <!-- end of report -->
     <!-- report: speed mbpo -->  what benchmarks/speed.py --save wrote of a file  <!-- end of report -->
@@ -40,6 +41,8 @@ KEPT = re.compile(r"eval/|charts/episodic_return")
 class Args:
     runs: Optional[Path] = None
     """Read the finished runs in this folder of benchmarks/run.py first."""
+    beside: bool = False
+    """Of a command that is read, keep the seeds that are there already: they were run elsewhere, or earlier."""
     check: bool = False
     """Write nothing; end with an error if a page differs from what the curves say."""
 
@@ -106,13 +109,16 @@ def thinned(tag: str, curve: np.ndarray, most: int = 200) -> np.ndarray:
     return np.array([part.mean(0) for part in np.array_split(curve, most)])
 
 
-def save_runs(runs: list[Run], results: Path) -> None:
-    """Beside those that are there of other commands."""
+def save_runs(runs: list[Run], results: Path, beside: bool = False) -> None:
+    """In place of those that are there of the same commands, or only of the same seeds."""
     (results / "curves").mkdir(parents=True, exist_ok=True)
-    new = {(run.file, run.flags) for run in runs}
-    rows = list(runs)
+
+    def key(run: Run) -> tuple:
+        return (run.file, run.flags, run.seed) if beside else (run.file, run.flags)
+
+    new, rows = {key(run) for run in runs}, list(runs)
     for run in load_runs(results):
-        if (run.file, run.flags) in new:
+        if key(run) in new:
             (results / "curves" / f"{run.run}.csv").unlink()
         else:
             rows.append(run)
@@ -363,8 +369,10 @@ def main(args: Args) -> None:
         finished = sorted(path for path in args.runs.glob("*.json") if path.with_suffix("").is_dir())
         if not finished:
             stop(f"{args.runs} holds no finished run of benchmarks/run.py")
-        save_runs([read_run(path) for path in finished], results)
+        save_runs([read_run(path) for path in finished], results, args.beside)
         print(f"{len(finished)} runs read")
+    elif args.beside:
+        stop("--beside is about runs that are read: say where they are with --runs")
     groups = groups_of(load_runs(results))
     if (ROOT / "benchmarks" / "marks.csv").exists():
         with open(ROOT / "benchmarks" / "marks.csv", newline="") as file:

@@ -83,6 +83,19 @@ def test_pages_say_what_the_runs_measured(tmp_path, monkeypatch, capsys):
     assert "report without its end" in capsys.readouterr().err
 
 
+def test_seeds_that_were_not_read_stay_where_that_is_asked_for(tmp_path):
+    report.save_runs([a_run(1), a_run(2), a_run(1, flags="cliff")], tmp_path)
+
+    def known():
+        return {(run.flags, run.seed): run.score[-1, 2] for run in report.load_runs(tmp_path)}
+
+    report.save_runs([a_run(2, values=(1.0, 5.0)), a_run(3)], tmp_path, beside=True)
+    assert known() == {("maze", 1): 2, ("maze", 2): 5, ("maze", 3): 2, ("cliff", 1): 2}
+    report.save_runs([a_run(4)], tmp_path)  # else a command is what was read of it
+    assert known() == {("maze", 4): 2, ("cliff", 1): 2}
+    assert sorted(path.stem for path in (tmp_path / "curves").iterdir()) == ["dyna_q_cliff__1", "dyna_q_maze__4"]
+
+
 @with_scipy
 def test_small_markers_hold_single_numbers(tmp_path, monkeypatch):
     at(tmp_path, monkeypatch)
