@@ -289,6 +289,15 @@ PRESETS = {
             log_every=5_000, checkpoint_every=50_000, replay_size=200_000,
         ),
     ),
+    "mspacman": (
+        "Ms. Pac-Man from pixels, small enough for one processor core",
+        replace(
+            GAME, env_id="ALE/MsPacman-v5", search="gumbel", simulations=16, support=60, envs=16, channels=16, blocks=1,
+            hidden=128, batch_size=64, learning_starts=1_000, train_every=8, reanalyze=1.0, fresh_values=False,
+            replay_size=100_000, total_timesteps=100_000, decay_steps=100_000, log_every=2_000, eval_every=20_000,
+            eval_episodes=10, eval_max_steps=2_000, picture_every=50_000, checkpoint_every=25_000,
+        ),
+    ),
     "breakout": ("Breakout from pixels, on a GPU", replace(GAME, env_id="ALE/Breakout-v5")),
     "pong": ("Pong from pixels, on a GPU", replace(GAME, env_id="ALE/Pong-v5")),
 }  # fmt: skip
@@ -320,10 +329,11 @@ def two_hot(x: torch.Tensor, support: int) -> torch.Tensor:
 
 
 def from_logits(logits: torch.Tensor, squashed: bool) -> torch.Tensor:
-    """[..., 2 · support + 1] → the number that is meant."""
-    support = logits.shape[-1] // 2
-    numbers = torch.arange(-support, support + 1, dtype=logits.dtype, device=logits.device)
-    mean = logits.softmax(-1) @ numbers
+    """[..., 2 · support + 1] → the number that is meant; exactly 0 where all chances are the same."""
+    support, chances = logits.shape[-1] // 2, logits.softmax(-1)
+    numbers = torch.arange(1, support + 1, dtype=logits.dtype, device=logits.device)
+    # x and −x cancel before they are added up: Eq. 5 would make whole numbers of what rounding leaves
+    mean = (chances[..., support + 1 :] - chances[..., :support].flip(-1)) @ numbers
     return unsquash(mean) if squashed else mean
 
 

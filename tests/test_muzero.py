@@ -391,6 +391,19 @@ def test_two_hot_means_the_number(xs, support):
         assert torch.allclose(meant, muzero.unsquash(wanted) if squashed else wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("support", [1, 10, 20, 50, 60, 100, 300])
+@pytest.mark.parametrize("roots", [1, 8, 64])
+def test_a_network_that_learned_nothing_yet_prefers_nothing(support, roots):
+    """Its values are 0 to the last digit: what rounding would leave, Eq. 5 would stretch from 0 to 1."""
+    args = Args(hidden=8, latent=4, support=support, search="gumbel")
+    setting = muzero.Setting((3,), np.dtype(np.float32), 3, None, 0.99, None, 1)
+    torch.manual_seed(support)
+    planner = muzero.TreePlanner(muzero.MuZero((3,), 3, None, False, args), setting, args, torch.device("cpu"))
+    found = planner.search(np.random.default_rng(0).normal(size=(roots, 3)).astype(np.float32), noise=True)
+    assert (found.value == 0).all()
+    assert found.policy == pytest.approx(np.full((roots, 3), 1 / 3), abs=1e-12)
+
+
 # ── (4) Targets ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 MOVE, END, CUT = muzero.MOVE, muzero.END, muzero.CUT
