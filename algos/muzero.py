@@ -293,9 +293,10 @@ PRESETS = {
         "Ms. Pac-Man from pixels, small enough for one processor core",
         replace(
             GAME, env_id="ALE/MsPacman-v5", search="gumbel", simulations=16, support=60, envs=16, channels=16, blocks=1,
-            hidden=128, batch_size=64, learning_starts=1_000, train_every=8, reanalyze=1.0, fresh_values=False,
-            replay_size=100_000, total_timesteps=100_000, decay_steps=100_000, log_every=2_000, eval_every=20_000,
-            eval_episodes=10, eval_max_steps=2_000, picture_every=50_000, checkpoint_every=25_000,
+            hidden=128, batch_size=64, learning_starts=1_000, train_every=8, reanalyze=4.0, fresh_values=False,
+            prioritized=False, gamma=0.99, replay_size=100_000, total_timesteps=100_000, decay_steps=100_000,
+            log_every=2_000, eval_every=20_000, eval_episodes=10, eval_max_steps=2_000, picture_every=50_000,
+            checkpoint_every=25_000,
         ),
     ),
     "breakout": ("Breakout from pixels, on a GPU", replace(GAME, env_id="ALE/Breakout-v5")),

@@ -1,8 +1,6 @@
 """The figures of docs/muzero.md, each from several seeds of `algos/muzero.py`.
 
     python benchmarks/muzero_figures.py cartpole        # five seeds of the default preset; what each knows of the track
-    python benchmarks/muzero_figures.py search          # the paper's search beside Gumbel's
-    python benchmarks/muzero_figures.py returns         # with and without the correction of old returns
     python benchmarks/muzero_figures.py tictactoe       # self-play, then 400 games against each opponent
     python benchmarks/muzero_figures.py connect4
 
@@ -30,15 +28,6 @@ from mpc_rs_figures import curve, load, minutes, train_all
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {  # label → command line, and the number of seeds
     "cartpole": ({"MuZero": "cartpole"}, 5),
-    "search": (
-        {
-            "pUCT, 25 simulations": "cartpole --search puct",
-            "Gumbel, 25 simulations": "cartpole",
-            "Gumbel, 4 simulations": "cartpole --simulations 4",
-        },
-        3,
-    ),
-    "returns": ({"V-trace": "cartpole", "n-step returns": "cartpole --no-vtrace"}, 3),
     "tictactoe": ({"tic-tac-toe": "tictactoe"}, 1),
     "connect4": ({"Connect Four": "connect4"}, 1),
 }
