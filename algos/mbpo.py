@@ -39,7 +39,7 @@ Symbols (paper → this file):
     of SAC: Q_θ → critics, Q̄ → targets, α → alpha, H̄ → target_entropy
 
 Run (measured on 2 CPU cores; docs/mbpo.md says what is measured so far):
-    python algos/mbpo.py                              # 1,000 from 2,000 steps on: 4 minutes (two seeds so far)
+    python algos/mbpo.py                              # 1,000 from 2,500 steps on: 4 minutes (once lost, for a while)
     python algos/mbpo.py pendulum
     python algos/mbpo.py pendulum --rollout-length 0  # the control: SAC with as many updates, and no model
     python algos/mbpo.py hopper
