@@ -50,6 +50,7 @@ Run (docs/muzero.md has what was measured):
     python algos/muzero.py                                    # CartPole-v1, 10 minutes: 500 of 500
     python algos/muzero.py tictactoe                          # 34 minutes: no loss in 400 games against perfect play
     python algos/muzero.py connect4
+    python algos/muzero.py mspacman                           # from pixels, an hour: 764 in self-play, random 244
     python algos/muzero.py --search puct                      # the paper's search
     python algos/muzero.py --play RUN_DIR                     # a board game against you
 
