@@ -111,8 +111,8 @@ def wait_for(what, process, seconds=240):
 @pytest.mark.learning
 @pytest.mark.parametrize("what", ["worker", "training", "all"])
 def test_what_is_killed_goes_on_and_ends_as_if_nothing_had_been(what, tmp_path):
-    # Ctrl-C needs a few seconds to come through to a run, and one of 10,000 steps takes four
-    line = f"1 {LINE}".replace("10000", "40000") if what == "all" else f"1 {LINE}"
+    # Ctrl-C needs a few seconds to come through to a run, and 10,000 steps take one to four
+    line = f"1 {LINE}".replace("10000", "120000") if what == "all" else f"1 {LINE}"
     (run,) = runner.parse(line, tmp_path)
     process = start(tmp_path, line)
     wait_for(lambda: (run.folder / "checkpoint.pt").exists() and training(run.folder), process)
