@@ -12,7 +12,7 @@ no step). In README.md and docs/*.md three kinds of markers, which GitHub does n
 stays as it is:
 
     <!-- report: mbpo pendulum -->  a table and its figure  <!-- end of report -->
-    <!-- report: speed mbpo -->  what benchmarks/speed.py --save wrote of a file  <!-- end of report -->
+    <!-- report: speed mbpo -->  what benchmarks/speed.py --save speed_<machine>.csv wrote  <!-- end of report -->
     <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
 
 Needs scipy: pip install -r benchmarks/requirements.txt
@@ -312,28 +312,45 @@ def rounded(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:g}"
 
 
-def speed_table(file: str, measured: Path) -> Optional[str]:
-    """A file's rows of benchmarks/speed.py, those with torch.compile as a column; matrix products also as a share of
-    the machine's own."""
-    with open(measured, newline="") as source:
-        rows = [row for row in csv.DictReader(source) if row["file"] in (file, "matrix product")]
-    if all(row["file"] != file for row in rows):
+def speed_table(file: str, results: Path) -> Optional[str]:
+    """A file's rows of benchmarks/speed.py, a column for each machine (speed_<machine>.csv) and one for what
+    torch.compile makes of them there; matrix products also as a share of the machine's own."""
+    rates: dict[tuple[str, str], dict[str, float]] = {}  # (hot path, unit) → machine → rate
+    peaks: dict[str, dict[str, float]] = {}
+    made_with = {}
+    for path in sorted(results.glob("speed_*.csv"), key=lambda path: path.stem):
+        with open(path, newline="") as source:
+            rows = [row for row in csv.DictReader(source) if row["file"] in (file, "matrix product")]
+        machine = path.stem.removeprefix("speed_").replace("_", " ")
+        if all(row["file"] != file for row in rows):
+            continue
+        for row in rows:
+            if row["file"] == file:
+                rates.setdefault((row["hot_path"], row["unit"]), {})[machine] = float(row["rate"])
+            else:
+                peaks.setdefault(f"matrix product, {row['hot_path']}", {})[machine] = float(row["rate"])
+        threads, version = (", ".join(sorted({row[name] for row in rows})) for name in ("threads", "torch"))
+        made_with[machine] = f"threads {threads}; torch {version}"
+    if not rates:
         return None
-    rates = {(row["hot_path"], row["unit"]): float(row["rate"]) for row in rows if row["file"] == file}
-    peak = {f"matrix product, {row['hot_path']}": float(row["rate"]) for row in rows if row["file"] != file}
-    columns = ["hot path", "rate", "unit"]
-    if compiled := any(name.endswith(", compiled") for name, _ in rates):
-        columns.append("with `--compile`")
-    lines = [f"| {' | '.join(columns)} |", "|-" * len(columns) + "|"]
-    lines += [f"| {name} | {rounded(rate)} | GFLOP/s |{'  |' if compiled else ''}" for name, rate in peak.items()]
-    for (name, unit), rate in rates.items():
-        if not name.endswith(", compiled"):
-            shares = [f" ({rate / most:.0%} of the matrix product's)" for most in peak.values() if unit == "GFLOP/s"]
-            more = rates.get((f"{name}, compiled", unit))
-            last = [rounded(more) if more else ""] if compiled else []
-            lines.append(f"| {' | '.join([name, rounded(rate), unit + ''.join(shares), *last])} |")
-    threads, version = (", ".join(sorted({row[name] for row in rows})) for name in ("threads", "torch"))
-    lines += ["", f"*Threads: {threads}; torch {version}.*"]
+    columns = []  # a machine, and whether it is the column of torch.compile
+    for machine in made_with:
+        compiled = any(name.endswith(", compiled") and machine in of for (name, _), of in rates.items())
+        columns += [(machine, False), (machine, True)] if compiled else [(machine, False)]
+    heads = ["with `--compile`" if compiled else machine for machine, compiled in columns]
+    lines = [f"| {' | '.join(['hot path', 'unit', *heads])} |", "|-" * (2 + len(columns)) + "|"]
+    for (name, unit), of in [*(((name, "GFLOP/s"), of) for name, of in peaks.items()), *rates.items()]:
+        if name.endswith(", compiled"):
+            continue
+        cells = []
+        for machine, compiled in columns:
+            rate = (rates.get((f"{name}, compiled", unit), {}) if compiled else of).get(machine)
+            shares = [of[machine] for of in peaks.values() if unit == "GFLOP/s" and name not in peaks and machine in of]
+            share = "".join(f" ({rate / most:.0%})" for most in shares if rate and not compiled)
+            cells.append(rounded(rate) + share if rate else "")
+        lines.append(f"| {' | '.join([name, unit, *cells])} |")
+    note = " In brackets the share of the matrix product's rate." if any("%)" in line for line in lines) else ""
+    lines += ["", f"*{' '.join(f'{machine}: {how}.' for machine, how in made_with.items())}{note}*"]
     return "\n".join(lines)
 
 
@@ -346,8 +363,7 @@ def filled(text: str, page: Path, groups: dict[str, dict[str, list[Run]]]) -> st
     def fill_table(found: re.Match) -> str:
         task = found["task"]
         if task.startswith("speed "):
-            measured = ROOT / "benchmarks" / "results" / "speed_cpu.csv"
-            made = speed_table(task.removeprefix("speed "), measured) if measured.exists() else None
+            made = speed_table(task.removeprefix("speed "), ROOT / "benchmarks" / "results")
             return f"{found[1]}\n{made}\n\n{found[3]}" if made else found[0]
         if task not in groups:
             return found[0]

@@ -108,23 +108,29 @@ def test_small_markers_hold_single_numbers(tmp_path, monkeypatch):
     assert f"<!-- lines dyna_q -->{lines:,}<!-- . -->" in text
 
 
-def test_a_file_s_speeds_have_those_of_torch_compile_beside_them(tmp_path, monkeypatch):
+def test_a_file_s_speeds_stand_beside_each_other_machine_by_machine(tmp_path, monkeypatch):
     at(tmp_path, monkeypatch)
+    head = "file,hot_path,unit,rate,threads,torch\n"
     (tmp_path / "benchmarks/results/speed_cpu.csv").write_text(
-        "file,hot_path,unit,rate,threads,torch\nmatrix product,1024,GFLOP/s,200,2,2.13\n"
+        f"{head}matrix product,1024,GFLOP/s,200,2,2.13\n"
         "mage,updates,updates/s,1234.5,2,2.13\nmbpo,a,updates/s,122.4,2,2.13\nmbpo,a,GFLOP/s,50,2,2.13\n"
         "mbpo,b,updates/s,0.5,2,2.13\nmbpo,\"a, compiled\",updates/s,61.26,2,2.13\n"
+    )
+    (tmp_path / "benchmarks/results/speed_h100.csv").write_text(
+        f"{head}matrix product,1024,GFLOP/s,50000,16,2.11\nmbpo,a,updates/s,900,16,2.11\nmbpo,a,GFLOP/s,500,16,2.11\n"
     )
     pages = {name: f"<!-- report: speed {name} -->\nold\n<!-- end of report -->" for name in ("mbpo", "mage", "vin")}
     made = {name: report.filled(page, tmp_path / "docs/page.md", {}) for name, page in pages.items()}
     assert made["mbpo"].splitlines()[2:-2] == [
-        "| hot path | rate | unit | with `--compile` |", "|-|-|-|-|", "| matrix product, 1024 | 200 | GFLOP/s |  |",
-        "| a | 122 | updates/s | 61.3 |", "| a | 50 | GFLOP/s (25% of the matrix product's) |  |",
-        "| b | 0.5 | updates/s |  |", "", "*Threads: 2; torch 2.13.*",
+        "| hot path | unit | cpu | with `--compile` | h100 |", "|-|-|-|-|-|",
+        "| matrix product, 1024 | GFLOP/s | 200 |  | 50,000 |",
+        "| a | updates/s | 122 | 61.3 | 900 |", "| a | GFLOP/s | 50 (25%) |  | 500 (1%) |",
+        "| b | updates/s | 0.5 |  |  |", "",
+        "*cpu: threads 2; torch 2.13. h100: threads 16; torch 2.11. In brackets the share of the matrix product's rate.*",
     ]  # fmt: skip
     assert made["mage"].splitlines()[2:-2] == [
-        "| hot path | rate | unit |", "|-|-|-|", "| matrix product, 1024 | 200 | GFLOP/s |",
-        "| updates | 1,230 | updates/s |", "", "*Threads: 2; torch 2.13.*",
+        "| hot path | unit | cpu |", "|-|-|-|", "| matrix product, 1024 | GFLOP/s | 200 |",
+        "| updates | updates/s | 1,230 |", "", "*cpu: threads 2; torch 2.13.*",
     ]  # fmt: skip
     assert made["vin"] == pages["vin"]  # not measured
 
