@@ -120,7 +120,7 @@ def main(args: Args) -> None:
         raise SystemExit(2) from None
     torch.set_num_threads(args.threads)
     print(f"{os.cpu_count()} cores, torch with {args.threads} threads, {args.simulations} simulations a search\n")
-    print("| search | roots | muzero.py, simulations/s | mctx | ratio | muzero.py's network alone | that with torch.compile |")
+    print("| search | roots | muzero.py, simulations/s | mctx | ratio | our network alone | compiled |")
     print("|-|-|-|-|-|-|-|")
     for search in ("gumbel", "puct"):
         settings = muzero.Args(search=search, simulations=args.simulations)

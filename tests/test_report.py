@@ -126,7 +126,8 @@ def test_a_file_s_speeds_stand_beside_each_other_machine_by_machine(tmp_path, mo
         "| matrix product, 1024 | GFLOP/s | 200 |  | 50,000 |",
         "| a | updates/s | 122 | 61.3 | 900 |", "| a | GFLOP/s | 50 (25%) |  | 500 (1%) |",
         "| b | updates/s | 0.5 |  |  |", "",
-        "*cpu: threads 2; torch 2.13. h100: threads 16; torch 2.11. In brackets the share of the matrix product's rate.*",
+        "*cpu: threads 2; torch 2.13. h100: threads 16; torch 2.11. "
+        "In brackets the share of the matrix product's rate.*",
     ]  # fmt: skip
     assert made["mage"].splitlines()[2:-2] == [
         "| hot path | unit | cpu |", "|-|-|-|", "| matrix product, 1024 | GFLOP/s | 200 |",
