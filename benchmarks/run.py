@@ -151,7 +151,7 @@ def train(run: Run, threads: int = 1, to_stop: Callable[[], bool] = lambda: Fals
             preexec_fn=die_with_parent, start_new_session=True,  # Ctrl-C comes to it once, from here
         )  # fmt: skip
         try:
-            while process.poll() is None:  # a cancelled task is interrupted between two looks
+            while process.poll() is None:
                 time.sleep(0.2)
                 if to_stop():
                     raise KeyboardInterrupt
@@ -171,6 +171,14 @@ def train(run: Run, threads: int = 1, to_stop: Callable[[], bool] = lambda: Fals
     temporary = run.finished.with_suffix(".tmp")
     temporary.write_text(json.dumps({**known, "seconds": seconds, "resumed": go_on}))
     temporary.rename(run.finished)
+
+
+def train_on_ray(run: Run, threads: int) -> None:
+    """Ray cancels a task by Ctrl-C from within, which does nothing where Ctrl-C is ignored, as it is in all that a
+    shell began in the background. So there is a handler; the process is this task's alone."""
+    told: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    train(run, threads, lambda: bool(told))
 
 
 @dataclass
@@ -241,7 +249,7 @@ def main(args: Args) -> None:
     # Each run has a worker process of its own. One that dies is tried again, and so is a script that ends badly
     task = ray.remote(
         num_cpus=args.cpus, num_gpus=args.gpus, max_calls=1, max_retries=args.retries, retry_exceptions=[RuntimeError]
-    )(train)
+    )(train_on_ray)
     watched = [Watched(run) for run in runs]
     pending = {task.remote(run, max(int(args.cpus), 1)): one for run, one in zip(runs, watched, strict=True)}
     drawn, last = 0, 0.0

@@ -86,12 +86,14 @@ def test_a_finished_run_is_not_made_again_and_not_taken_for_another(tmp_path):
     assert json.loads(run.finished.read_text())["resumed"] is False and runner.ALL_DONE not in run.output.read_text()
 
 
-def start(folder, *lines):
-    """On a Ray of its own."""
+def start(folder, *lines, background=False):
+    """On a Ray of its own. What a shell starts in the background ignores Ctrl-C until it asks for it."""
     pytest.importorskip("ray")
+    ignored = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None
     return subprocess.Popen(
         [sys.executable, str(helpers.ROOT / "benchmarks" / "run.py"), *lines, "--runs", str(folder), "--every", "1"],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=ignored,
     )  # fmt: skip
 
 
@@ -109,15 +111,15 @@ def wait_for(what, process, seconds=240):
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("what", ["worker", "training", "all"])
+@pytest.mark.parametrize("what", ["worker", "training", "all", "all, in the background"])
 def test_what_is_killed_goes_on_and_ends_as_if_nothing_had_been(what, tmp_path):
     # Ctrl-C needs a few seconds to come through to a run, and 10,000 steps take one to four
-    line = f"1 {LINE}".replace("10000", "120000") if what == "all" else f"1 {LINE}"
+    line = f"1 {LINE}".replace("10000", "120000") if what.startswith("all") else f"1 {LINE}"
     (run,) = runner.parse(line, tmp_path)
-    process = start(tmp_path, line)
+    process = start(tmp_path, line, background="background" in what)
     wait_for(lambda: (run.folder / "checkpoint.pt").exists() and training(run.folder), process)
     ((pid, worker),) = training(run.folder)
-    if what == "all":
+    if what.startswith("all"):
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130 and not training(run.folder) and not run.finished.exists()
         process = start(tmp_path, line)
