@@ -33,8 +33,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ("run", "file", "flags", "seed", "commit", "steps", "minutes")
-SCORE = {"vin": "eval/success_rate"}  # what is reported; of other files the return
-KEPT = re.compile(r"eval/|charts/episodic_return")
+# What is reported of a file, or of a task; of all others the return
+SCORE = {"vin": "eval/success_rate", "dyna_q maze": "eval/episodic_length"}
+KEPT = re.compile(r"eval/|charts/episodic_(return|length)")
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Run(NamedTuple):
 
     @property
     def tag(self) -> str:
-        return SCORE.get(self.file, "eval/episodic_return")
+        task = f"{self.file} {self.flags.partition(' ')[0]}"
+        return SCORE.get(task, SCORE.get(self.file, "eval/episodic_return"))
 
     @property
     def score(self) -> np.ndarray:
@@ -76,7 +78,8 @@ class Run(NamedTuple):
     @property
     def drawn(self) -> str:
         """The tag of the curve: the episodes of training, where there was no evaluation but the last."""
-        return self.tag if len(self.score) > 1 else "charts/episodic_return"
+        training = self.tag.replace("eval/", "charts/")
+        return self.tag if len(self.score) > 1 or training not in self.curves else training
 
 
 def stop(message: str) -> None:

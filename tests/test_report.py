@@ -31,7 +31,8 @@ nobody ran it
 def a_run(seed=1, file="dyna_q", flags="maze", values=(1.0, 2.0), steps=(10, 20), minutes=3.0):
     curve = np.array([(s, s / 10, v) for s, v in zip(steps, values, strict=True)])
     name = f"{file}_{flags}__{seed}"
-    return report.Run(name, file, flags, seed, "abc", int(steps[-1]), minutes, {"eval/episodic_return": curve})
+    curves = dict.fromkeys(("eval/episodic_return", "eval/episodic_length"), curve)
+    return report.Run(name, file, flags, seed, "abc", int(steps[-1]), minutes, curves)
 
 
 def at(folder, monkeypatch):
@@ -54,9 +55,9 @@ def test_pages_say_what_the_runs_measured(tmp_path, monkeypatch, capsys):
     last = []
     for seed in (3, 4):
         events = report.EventAccumulator(str(tmp_path / "runs" / f"dyna_q_maze__{seed}")).Reload()
-        points = [(e.step, e.value) for e in events.Scalars("eval/episodic_return")]
+        points = [(e.step, e.value) for e in events.Scalars("eval/episodic_length")]
         with open(tmp_path / f"benchmarks/results/curves/dyna_q_maze__{seed}.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["tag"] == "eval/episodic_return"]
+            rows = [row for row in csv.DictReader(file) if row["tag"] == "eval/episodic_length"]
         assert [(int(row["step"]), float(row["value"])) for row in rows] == [
             (step, pytest.approx(value, rel=1e-5)) for step, value in points
         ]
@@ -200,10 +201,10 @@ def test_only_runs_that_were_never_stopped_have_a_clock(tmp_path, monkeypatch):
     report.draw("dyna_q maze", {"maze": [a_run(1), pause]}, [], tmp_path / "x.png")
     assert len(axes[0].lines) == 3 and len(axes[1].lines) == 2 and axes[1].get_xlim()[1] < 10
     trained = a_run(1)
-    trained.curves["charts/episodic_return"] = trained.score
-    trained.curves["eval/episodic_return"] = trained.score[-1:]
+    trained.curves["charts/episodic_length"] = trained.score
+    trained.curves["eval/episodic_length"] = trained.score[-1:]
     report.draw("dyna_q maze", {"maze": [trained]}, [], tmp_path / "x.png")
-    assert axes[2].get_ylabel() == "charts/episodic_return" and len(axes[2].lines[0].get_xdata()) == 2
+    assert axes[2].get_ylabel() == "charts/episodic_length" and len(axes[2].lines[0].get_xdata()) == 2
 
 
 @with_scipy
