@@ -68,8 +68,7 @@ class Run(NamedTuple):
 
     @property
     def tag(self) -> str:
-        task = f"{self.file} {self.flags.partition(' ')[0]}"
-        return SCORE.get(task, SCORE.get(self.file, "eval/episodic_return"))
+        return SCORE.get(self.task, SCORE.get(self.file, "eval/episodic_return"))
 
     @property
     def score(self) -> np.ndarray:
@@ -296,8 +295,9 @@ def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optiona
     if what == "lines":
         path = ROOT / "algos" / f"{of}.py"
         return f"{len(path.read_text().splitlines()):,}" if path.is_file() else None
-    # The preset with no flag behind it
-    if not (runs := groups.get(of, {}).get(of.partition(" ")[2])):
+    # Exactly these flags: `mbpo pendulum` is the preset with none behind it
+    known = {f"{runs[0].file} {flags}".strip(): runs for of_task in groups.values() for flags, runs in of_task.items()}
+    if not (runs := known.get(of)):
         return None
     if what == "last":
         return spread(np.array([run.score[-1, 2] for run in runs]))

@@ -105,6 +105,9 @@ def test_small_markers_hold_single_numbers(tmp_path, monkeypatch):
     assert "<!-- last dyna_q maze -->−125 [−130, −120]<!-- . -->" in text
     assert "<!-- minutes dyna_q maze -->3.0<!-- . -->" in text  # that of the run that was never stopped
     assert "<!-- seeds dyna_q maze -->2<!-- . -->" in text
+    with_flags = "<!-- last mbpo pendulum --rollout-length 0 --><!-- . -->, <!-- last mbpo pendulum -->old<!-- . -->"
+    control = {"mbpo pendulum": {"pendulum --rollout-length 0": [a_run(1, "mbpo", values=(0, 7))]}}
+    assert report.filled(with_flags, tmp_path / "README.md", control) == with_flags.replace("0 -->", "0 -->7.00")
     lines = len((helpers.ROOT / "algos/dyna_q.py").read_text().splitlines())
     assert f"<!-- lines dyna_q -->{lines:,}<!-- . -->" in text
 
