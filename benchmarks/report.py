@@ -301,13 +301,15 @@ def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optiona
         return None
     if what == "last":
         return spread(np.array([run.score[-1, 2] for run in runs]))
-    return {"minutes": clock(runs), "steps": steps(runs), "seeds": str(len(runs))}[what]
+    return {"minutes": clock(runs) or None, "steps": steps(runs), "seeds": str(len(runs))}[what]
 
 
 TABLE = re.compile(
     r"(^<!-- report: (?P<task>[\w -]+?) -->\n)(?:(?!<!-- report: ).)*?(^<!-- end of report -->)", re.DOTALL | re.M
 )
-CELL = re.compile(r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[\w -]+?) -->)([^\n`]*?)(<!-- \. -->)")
+CELL = re.compile(
+    r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[^<>]+?) -->)((?:(?!<!--)[^\n`])*)(<!-- \. -->)"
+)
 
 
 def rounded(rate: float) -> str:

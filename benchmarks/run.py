@@ -98,8 +98,10 @@ def parse(line: str, runs: Path) -> list[Run]:
         stop(f"{line!r} names no file of algos/ after the seeds")
     numbers = []
     for part in seeds.split(","):
-        first, last = (part.split("-") * 2)[:2]
-        numbers += range(int(first), int(last) + 1)
+        first, last = map(int, (part.split("-") * 2)[:2])
+        if last < first:
+            stop(f"{line!r} counts backwards: {part}")
+        numbers += range(first, last + 1)
     return [place(name, " ".join(flags), seed, runs) for seed in numbers]
 
 
@@ -153,7 +155,7 @@ def train(run: Run, threads: int = 1, to_stop: Callable[[], bool] = lambda: Fals
         try:
             while process.poll() is None:
                 time.sleep(0.2)
-                if to_stop():
+                if to_stop() and process.poll() is None:
                     raise KeyboardInterrupt
         except BaseException:
             process.terminate()  # the run writes a checkpoint
@@ -246,6 +248,10 @@ def main(args: Args) -> None:
 
     cluster = {} if args.address else {"include_dashboard": False}
     ray.init(address=args.address or "local", log_to_driver=False, logging_level="ERROR", **cluster)
+    have = ray.cluster_resources()
+    for what, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
+        if not args.address and wanted > have.get(what, 0):  # Ray would wait for it for ever
+            stop(f"each run is to have {wanted:g} {what}, and this machine has {have.get(what, 0):g}")
     # Each run has a worker process of its own. One that dies is tried again, and so is a script that ends badly
     task = ray.remote(
         num_cpus=args.cpus, num_gpus=args.gpus, max_calls=1, max_retries=args.retries, retry_exceptions=[RuntimeError]
@@ -281,7 +287,9 @@ def main(args: Args) -> None:
         print("\nstopping: each run writes a checkpoint", flush=True)
         for ref in pending:
             ray.cancel(ref)
-        ray.wait(list(pending), num_returns=len(pending), timeout=60)
+        _, left = ray.wait(list(pending), num_returns=len(pending), timeout=60)
+        if left:
+            print(f"{len(left)} did not within a minute: they go back to the checkpoint before")
         print("stopped; the same command goes on")
         raise SystemExit(130) from None
     finally:

@@ -669,9 +669,13 @@ def muzero_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, fl
             roots, name = np.repeat(obs[None], batch, 0), f"{env_id}, {batch} roots"
             call = functools.partial(planner.search, roots, True)
             call()
-            spent[0], start = 0.0, time.perf_counter()
-            call()
-            share = spent[0] / (time.perf_counter() - start)
+            tries = []
+            for _ in range(few):
+                spent[0], start = 0.0, time.perf_counter()
+                call()
+                seconds = time.perf_counter() - start
+                tries.append((seconds, spent[0] / seconds))
+            share = min(tries)[1]  # of the fastest
             rate = best_rates({name: (call, batch * args.simulations)}, few)[name]
             rows += [(name, "simulations/s", rate), (name, "% of it in the network", 100 * share)]
     args = muzero.PRESETS["cartpole"][1]

@@ -108,6 +108,12 @@ def test_small_markers_hold_single_numbers(tmp_path, monkeypatch):
     with_flags = "<!-- last mbpo pendulum --rollout-length 0 --><!-- . -->, <!-- last mbpo pendulum -->old<!-- . -->"
     control = {"mbpo pendulum": {"pendulum --rollout-length 0": [a_run(1, "mbpo", values=(0, 7))]}}
     assert report.filled(with_flags, tmp_path / "README.md", control) == with_flags.replace("0 -->", "0 -->7.00")
+    # Flags with points; a marker whose end was forgotten takes nothing of what follows; no minutes are known
+    control["mbpo pendulum"]["pendulum --gamma 0.5"] = [a_run(1, "mbpo", values=(0, 8), minutes=float("nan"))]
+    some = "<!-- last mbpo pendulum --gamma 0.5 -->x<!-- . -->, <!-- minutes mbpo pendulum --gamma 0.5 -->9<!-- . -->"
+    assert report.filled(some, tmp_path / "README.md", control) == some.replace("x", "8.00")
+    some = "| <!-- seeds mbpo pendulum --gamma 0.5 -->x | kept | <!-- seeds mbpo pendulum --gamma 0.5 -->y<!-- . --> |"
+    assert report.filled(some, tmp_path / "README.md", control) == some.replace("y", "1")
     lines = len((helpers.ROOT / "algos/dyna_q.py").read_text().splitlines())
     assert f"<!-- lines dyna_q -->{lines:,}<!-- . -->" in text
 

@@ -24,6 +24,8 @@ def test_a_line_is_a_run_for_each_seed(tmp_path):
     assert runner.parse("5 dyna_q", tmp_path)[0].flags == ""
     assert runner.parse("  # nothing", tmp_path) == runner.parse("", tmp_path) == []
     assert runner.parse("1  mbpo pendulum   --rollout-length  0", tmp_path) == runs[:1]
+    with pytest.raises(SystemExit):
+        runner.parse("5-1 mbpo pendulum", tmp_path)
     with_other_flags = runner.parse("1 mbpo pendulum --rollout-length 1", tmp_path)
     assert with_other_flags[0].folder != runs[0].folder
 
@@ -140,3 +142,9 @@ def test_a_wrong_setting_is_not_tried_again_and_hinders_no_other(tmp_path):
     assert process.returncode == 1 and "--alpha" in out and "1 finished" in out and "2 failed" in out
     bad = [run for line in lines[:2] for run in runner.parse(line, tmp_path)]
     assert [run.output.read_text().count("\n$ ") + 1 for run in bad] == [1, 1]
+
+
+@pytest.mark.learning
+def test_what_ray_can_never_give_is_said_at_once(tmp_path):
+    out, _ = start(tmp_path, "1 dyna_q maze", "--gpus", "99").communicate(timeout=120)
+    assert "99 GPU" in out and "this machine has" in out
