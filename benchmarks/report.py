@@ -76,9 +76,9 @@ class Run(NamedTuple):
 
     @property
     def drawn(self) -> str:
-        """The tag of the curve: the episodes of training, where there was no evaluation but the last."""
+        """The tag of the curve: the episodes of training, where evaluations are too few for one."""
         training = self.tag.replace("eval/", "charts/")
-        return self.tag if len(self.score) > 1 or training not in self.curves else training
+        return self.tag if len(self.score) > 2 or training not in self.curves else training
 
 
 def stop(message: str) -> None:
