@@ -1129,6 +1129,9 @@ class RunLog:
     def __init__(self, args: Any, run_dir: Path, checkpoint: Optional[dict]):
         self.args, self.run_dir = args, run_dir
         step = checkpoint["step"] if checkpoint else 0
+        # TensorBoard takes a run's files in the order of their names, and those begin with the second.
+        while any(run_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)
         # A run killed after its last checkpoint takes those steps again: purge_step hides the first taking.
         self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if checkpoint else None)
         self.sums, self.numbers, self.last = {}, {}, {}
