@@ -57,7 +57,8 @@ Run (docs/muzero.md has what was measured):
 Deviations from the paper and its pseudocode:
   - A node counts itself as a visit, the root too: N(s) = 1 + Σ N(s,a). With the sum alone the first simulation would
     not see the prior. The reward of an edge is part of what its Q is updated with; Equation 4 leaves it out by mistake.
-  - Where all Q of a tree are the same so far, the normalised one is 0, as for an action that was never tried.
+  - Where all Q of a tree are the same so far, the normalised one is 0, as for an action that was never tried. Gumbel's
+    v_mix is cut to the extremes of the tree.
   - The weights that search are a moving average of those that learn; the paper hands over new ones now and then. With
     them n-step returns are valued anew (--no-fresh-values: as the search did when it was played, as in the paper).
   - The reward is read from the state that it led to. Numbers that are seen are normalised by their mean and spread.
@@ -66,7 +67,7 @@ Deviations from the paper and its pseudocode:
   - An episode that is cut by a time limit goes on in its targets: the value of its last observation stands for the
     rest. After a true end the model is shown an absorbing state: reward 0, value 0, no policy.
   - Boards have a reward as any other task: 1 for the move that wins. In the paper they have none, and a value that goes
-    on after the end.
+    on after the end. Their values are chances of −1, 0 and 1; the paper's boards have one number, and its square.
   - --reanalyze searches old positions anew, in the same batch as the games', and writes what it found into the store.
     The paper searches those that were just drawn to learn from.
   - CartPole and the boards are searched as Danihelka et al. do, with c_scale = 0.1 and 0.3, and Q normalised over the
@@ -76,9 +77,9 @@ Deviations from the paper and its pseudocode:
   - CartPole's n-step returns are corrected for what followed having been played by an older, worse policy (--vtrace;
     after L. Espeholt et al., "IMPALA", 2018). The paper learns from what is younger, on thousands of processors.
   - Priorities are the last errors of the network's value, |v⁰ − z|; the paper's are of the searched one at first.
-  - Small networks, Adam, one process in place of SGD on many TPUs. Games see the last 4 frames in colour (the paper:
-    32, and the actions between them), and networks have group norm in place of batch norm, so that nothing depends on
-    what else is in the batch.
+  - Small networks, Adam with the gradient cut at length 5, one process in place of SGD on many TPUs. Games see the last
+    4 frames in colour (the paper: 32, and the actions between them), and networks have group norm in place of batch
+    norm, so that nothing depends on what else is in the batch.
 """
 
 import functools
@@ -236,7 +237,8 @@ class Args:
     run_dir: Optional[str] = None
     """Where to write; by default runs/<env>__<algorithm>__<seed>__<time>."""
     checkpoint_every: int = 5_000
-    """Save a checkpoint every this many steps; 0: only at the end of the run, and when it is stopped."""
+    """Save a checkpoint every this many steps; 0: only at the end of the run, and when it is stopped. A run that goes
+    on keeps it: room was made for the pictures between two of them."""
     resume: Optional[str] = None
     """Go on with the run in this folder, with its settings; --total-timesteps may be raised."""
     evaluate: Optional[str] = None
@@ -263,7 +265,7 @@ PRESETS = {
         "CartPole-v1",
         Args(
             search="gumbel", vtrace=True, averaging=0.02, consistency=1.0, gamma=0.98, total_timesteps=30_000,
-            decay_steps=30_000,
+            temperature_steps=30_000, decay_steps=30_000,
         ),
     ),
     "tictactoe": (
@@ -285,7 +287,7 @@ PRESETS = {
     "lunarlander": (
         "LunarLander-v3, needs box2d",
         Args(
-            env_id="LunarLander-v3", simulations=50, total_timesteps=500_000, temperature_steps=300_000,
+            env_id="LunarLander-v3", simulations=50, total_timesteps=500_000, temperature_steps=500_000,
             train_every=4, decay_steps=500_000, hidden=256, latent=128, eval_every=25_000, picture_every=50_000,
             log_every=5_000, checkpoint_every=50_000, replay_size=200_000,
         ),
@@ -295,9 +297,9 @@ PRESETS = {
         replace(
             GAME, env_id="ALE/MsPacman-v5", search="gumbel", simulations=16, support=60, envs=16, channels=16, blocks=1,
             hidden=128, batch_size=64, learning_starts=1_000, train_every=8, reanalyze=4.0, fresh_values=False,
-            prioritized=False, gamma=0.99, replay_size=100_000, total_timesteps=100_000, decay_steps=100_000,
-            log_every=2_000, eval_every=20_000, eval_episodes=10, eval_max_steps=2_000, picture_every=50_000,
-            checkpoint_every=25_000,
+            prioritized=False, gamma=0.99, replay_size=100_000, total_timesteps=100_000, temperature_steps=100_000,
+            decay_steps=100_000, log_every=2_000, eval_every=20_000, eval_episodes=10, eval_max_steps=2_000,
+            picture_every=50_000, checkpoint_every=25_000,
         ),
     ),
     "breakout": ("Breakout from pixels, on a GPU", replace(GAME, env_id="ALE/Breakout-v5")),
@@ -951,7 +953,7 @@ def half_gradient(s: torch.Tensor) -> torch.Tensor:
 
 def muzero_loss(network: MuZero, batch: Unrolled, args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Step (5). Eq. 1: l_t = Σ_k l^p(π_{t+k}, p^k) + l^v(z_{t+k}, v^k) + l^r(u_{t+k}, r^k), each unrolled step's
-    divided by K. The losses of policy, value and reward, and the values at k = 0."""
+    divided by K, the reward's from k = 1 on. The losses of policy, value and reward, and the values at k = 0."""
     code = squash if args.squash else lambda x: x
     states = [network.representation(batch.obs)]
     for k in range(args.unroll):
@@ -2044,8 +2046,7 @@ def command_line(argv: Optional[list[str]], presets: dict) -> Any:
 
 MAY_CHANGE = {  # when a run goes on: nothing that the learning depends on
     "resume", "evaluate", "episodes", "total_timesteps", "device", "compile", "progress", "capture_video",
-    "log_every", "eval_every", "eval_episodes", "eval_max_steps", "picture_every", "checkpoint_every", "opponent",
-    "opponent_depth", "play",
+    "log_every", "eval_every", "eval_episodes", "eval_max_steps", "picture_every", "opponent", "opponent_depth", "play",
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """The mathematics of algos/muzero.py against slow and obvious references."""
 
+import dataclasses
+import json
 import math
 
 import gymnasium as gym
@@ -668,6 +670,19 @@ def test_a_killed_run_finds_the_images_of_its_checkpoint(tmp_path):
         assert (again.take("obs", games, numbers)[:, 1, 0, 0] == numbers % 7).all()
         assert (again.take("obs", games, numbers)[:, 0, 0, 0] == np.maximum(numbers % 7 - 1, 0)).all()
         assert (again.take("reward", games, numbers) == numbers).all()
+
+
+def test_a_run_keeps_the_room_that_its_checkpoints_need(tmp_path, capsys):
+    """The file of pictures has rows enough for what is played between two checkpoints: with fewer, a run that is
+    killed would go on from overwritten ones; with more, the file would no longer be read as it was written."""
+    settings = {"algorithm": "muzero", **dataclasses.asdict(Args(checkpoint_every=100))}
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    assert muzero.parse_args(["--resume", str(tmp_path)]).checkpoint_every == 100
+    for other in ("50", "200", "0"):
+        with pytest.raises(SystemExit) as end:
+            muzero.parse_args(["--resume", str(tmp_path), "--checkpoint-every", other])
+        assert end.value.code == 2
+        assert "--checkpoint-every is 100 there" in capsys.readouterr().err
 
 
 def test_frames_are_stacked_again_from_the_episode_alone():
