@@ -19,7 +19,7 @@
 A deterministic actor is improved along ∇_a Q, yet critics are commonly fitted to values alone, and their slope is what
 comes of that. With a model of the world that can be differentiated the slope has a target too: that of the right side
 of Bellman's equation, through the reward, the dynamics, the next action and the next value. MAGE fits the critics to
-both. All else is TD3, on transitions of one imagined step from real states.
+both. All else is TD3 as its code has it, on transitions of one imagined step from real states.
 
 Paper: P. D'Oro, W. Jaśkowski, "How to Learn a Useful Critic? Model-based Action-Gradient-Estimator Policy
 Optimization", NeurIPS 2020, arXiv 2004.14309. Official code: github.com/nnaisense/MAGE. The learner below it (TD3):

@@ -55,13 +55,14 @@ Deviations from the paper and the official code:
   - Rows are counted, not rollouts: `--random-steps` make D_RAND and `--refit-every` steps part two fits, so that
     episodes of any length do.
   - The noise on the data has the same scale in every normalised coordinate and is drawn anew for each minibatch; the
-    official code draws it once, in proportion to the coordinate's mean, and none where that is negative.
+    official code draws it once, in proportion to the coordinate's mean, none where that is negative, none on actions.
   - The official code adds a little noise to the action it executes and stores the action without it: left out.
   - Means and deviations are taken of all data at each fit, except in the presets of the paper's tasks, which take them
     of D_RAND alone as the official code does. Biases start at 0, the code draws them like the weights.
   - MPPI here plans with this file's one network, warm-started; PDDM has three, trained anew each time. Its equations
     filter the noise, as this file does; its released code filters the action, from the last executed one on.
-  - A state that the planner believes to be terminal earns nothing from there on.
+  - A state that the planner believes to be terminal earns nothing from there on. A plan's H rewards are added up, as in
+    Eq. 4; the code adds one for the last state, with the last action again.
 """
 
 import functools
@@ -257,6 +258,8 @@ class DynamicsModel(nn.Module):
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1.0))
         # The goal of a reacher is part of its state and never moves: no error of the network may let it drift.
         self.target_scale.copy_(torch.where(std > 1e-6, std, 0.0))
+        if self.heads:
+            self.target_scale[-1] = self.target_std[-1]  # a reward that has not changed yet may
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From normalised inputs to normalised targets (and the log-odds)."""
@@ -283,7 +286,7 @@ def model_loss(model: DynamicsModel, x: torch.Tensor, y: torch.Tensor, ended: to
 
 def minibatches(random_rows: int, rows: int, batch_size: int, new_fraction: float) -> Iterator[np.ndarray]:
     """One epoch: walk once over D_RAND, rows 0 to random_rows − 1, and draw the rest of each batch from D_RL."""
-    new = round(batch_size * new_fraction) if rows > random_rows else 0
+    new = min(round(batch_size * new_fraction), rows - random_rows)  # a few new rows do not fill the batch
     old = min(batch_size - new, random_rows)
     for chunk in np.random.permutation(random_rows)[: random_rows // old * old].reshape(-1, old):
         yield np.concatenate([chunk, np.random.choice(np.arange(random_rows, rows), new)])

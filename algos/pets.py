@@ -691,6 +691,7 @@ def train(args: Args) -> Path:
         log.evaluation(step, new_policy, eval_env)
 
     def draw() -> None:
+        before = random_states()
         begin = min(planned, default=0)  # planning may have begun inside this episode
         happened = replay.rows(np.arange(step - episode_length + begin, step)[:200]).obs.cpu().numpy()
         recent = fitted_at or max(step - 1_000, 0)  # the rows since the last fit
@@ -701,6 +702,7 @@ def train(args: Args) -> Path:
         title = f"{args.env_id}, {args.model} {args.propagation}: step {step:,}, return {episode_return:.1f}"
         unread = model.unread if model else 0
         log.picture(step, draw_particles(happened, begin, planned, errors, unread, title))
+        set_random_states(before)
 
     obs = np.array(env.reset(seed=None if checkpoint else args.seed)[0])  # copied: some environments reuse theirs
     policy, planned, episode_return, episode_length = new_policy(), {}, 0.0, 0
@@ -713,7 +715,9 @@ def train(args: Args) -> Path:
                 # (2) the action sequence that CEM finds, judged by particles
                 plan, best = policy.plan(obs)
                 if args.picture_every and len(planned) * args.horizon < 200 and episode_length % args.horizon == 0:
+                    before = random_states()
                     planned[episode_length] = policy.imagine_particles(obs, plan).cpu().numpy()
+                    set_random_states(before)
                 # (3) execute its first action
                 a = plan[0].cpu().numpy()
                 log.mean("model/planned_return", best)

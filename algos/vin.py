@@ -853,7 +853,7 @@ def train(args: Args) -> Path:
                     mean_return, mean_length = training_score(net, world, device)
                 log.episode(step, mean_return, mean_length)
             if log.due("log", args.log_every, step):
-                if not math.isfinite(float(loss)):
+                if not math.isfinite(loss.item()):
                     stop(f"the loss is {float(loss)} at step {step:,}: take a smaller --learning-rate")
                 log.flush(step)
             if log.due("eval", args.eval_every, step) and step < args.total_timesteps:

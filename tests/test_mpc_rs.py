@@ -285,7 +285,21 @@ def test_minibatches_before_there_is_any_d_rl_and_with_little_d_rand():
     assert sorted(np.concatenate(list(mpc_rs.minibatches(60, 60, 20, 0.9)))) == list(range(60))
     assert [len(rows) for rows in mpc_rs.minibatches(5, 5, 20, 0.9)] == [5]  # less than one minibatch of D_RAND
     assert [len(rows) for rows in mpc_rs.minibatches(61, 61, 20, 0.9)] == [20] * 3  # the last, partial one is dropped
-    assert [len(rows) for rows in mpc_rs.minibatches(1, 9, 20, 0.9)] == [19]
+    assert [len(rows) for rows in mpc_rs.minibatches(1, 9, 20, 0.9)] == [9]
+    assert [(rows == 60).sum() for rows in mpc_rs.minibatches(60, 61, 20, 0.9)] == [1] * 3  # one new row counts once
+
+
+def test_a_reward_that_has_not_changed_yet_may():
+    """Learned, of data in which it was the same all along: it is predicted, and not held for a constant of the world;
+    a coordinate of the state that stood still is."""
+    torch.manual_seed(0)
+    model, rows = mpc_rs.DynamicsModel(3, 1, layers=1, hidden=8, unread=0, heads=True), 20
+    obs, step = torch.randn(rows, 3), torch.randn(rows, 3) * torch.tensor([1.0, 1.0, 0.0])
+    none = torch.zeros(rows, dtype=torch.bool)
+    model.set_normalizer(mpc_rs.Transitions(obs, torch.randn(rows, 1), torch.ones(rows), obs + step, none, none))
+    s2, r, _ = model.predict(obs, torch.randn(rows, 1))
+    assert (s2[:, 2] == obs[:, 2]).all() and (s2[:, :2] != obs[:, :2]).all()
+    assert len(r.unique()) == rows
 
 
 class NoLog:

@@ -186,6 +186,16 @@ def test_same_seed_same_run(name, tmp_path, quick):
     assert helpers.scalars(other) != helpers.scalars(quick(name))
 
 
+@pytest.mark.learning
+@name_of
+def test_looking_changes_nothing(name, tmp_path, quick):
+    """Without pictures and evaluations the same is learned, with the same dice."""
+    blind = helpers.run(name, f"{CASES[name].quick} --picture-every 0 --eval-every 0", tmp_path / "blind")
+    blind, seeing = helpers.checkpoint(blind), helpers.checkpoint(quick(name))
+    kept = {"step", "random", "learned", "optimisers"} & set(seeing)
+    assert helpers.differences({key: blind[key] for key in kept}, {key: seeing[key] for key in kept}) == []
+
+
 def interrupt_after(monkeypatch, module, steps, number=signal.SIGTERM):
     """A real signal to this process, at the first episode's end after so many steps."""
     original, sent = module.RunLog.episode, []
