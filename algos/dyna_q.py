@@ -447,6 +447,7 @@ def check_settings(args: Args) -> None:
 
 def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Callable[[Any], int]]:
     """For --evaluate: what makes the deterministic policy of a checkpoint, anew for each episode."""
+    hold_still(env)
     return functools.partial(greedy_policy, checkpoint["learned"]["Q"].tolist())
 
 
@@ -455,6 +456,7 @@ def train(args: Args) -> Path:
     print("device: cpu")  # whatever else there is: the tables are Python lists
     seed_everything(args.seed)
     env, eval_env = make_task(args), make_task(args, render=args.capture_video)
+    hold_still(eval_env)
     env.action_space.seed(args.seed)
     run_dir, checkpoint = open_run(args)
 
@@ -596,7 +598,7 @@ class Maze(gym.Env):
         self.grids = [np.kron(grid == "#", np.ones((scale, scale))).astype(bool) for grid in grids]  # True: a wall
         self.goal = set(np.flatnonzero(np.kron(grids[0] == "G", np.ones((scale, scale)))).tolist())
         self.start = int(np.flatnonzero(np.kron(grids[0] == "S", np.ones((scale, scale))))[0])
-        self.change_at, self.clock, self.render_mode = change_at, 0, render_mode
+        self.change_at, self.clock, self.ages, self.render_mode = change_at, 0, True, render_mode
         self.observation_space = gym.spaces.Discrete(self.grids[0].size)
         self.action_space = gym.spaces.Discrete(4)
         self.next_states = [self._moves(grid) for grid in self.grids]
@@ -632,7 +634,7 @@ class Maze(gym.Env):
 
     def step(self, action: int):
         self.state = self.next_states[self.layout][self.state][action]
-        self.clock += 1  # after the move: the change comes after so many steps
+        self.clock += self.ages  # after the move: the change comes after so many steps
         won = self.state in self.goal
         return self.state, float(won), won, False, {}
 
@@ -647,6 +649,12 @@ class Maze(gym.Env):
         picture = np.array([[colours[letter] for letter in row] for row in self.desc], dtype=np.uint8)
         picture.reshape(-1, 3)[self.state] = (220, 60, 60)
         return picture.repeat(24, axis=0).repeat(24, axis=1)
+
+
+def hold_still(env: gym.Env) -> None:
+    """Evaluations are of the world as it is now: the steps taken in them do not bring its change nearer."""
+    if isinstance(env.unwrapped, Maze):
+        env.unwrapped.ages = False
 
 
 for _name, _kwargs in MAZES.items():

@@ -105,7 +105,7 @@ class Args:
     model_every: int = 250
     """Train the model and imagine anew every this many steps."""
     rollouts: int = 100_000
-    """M: branches for each time; the paper's 400 for each real step."""
+    """M: branches for each time; the paper's 400 for each real step (humanoid: 100)."""
     rollout_schedule: tuple[int, int, int, int] = (20, 150, 1, 1)
     """The rollouts' length k, by epochs: `20 150 1 15` goes from 1 in epoch 20 evenly to 15 in epoch 150."""
     rollout_length: Optional[int] = None
@@ -203,7 +203,7 @@ PRESETS = {
         ),
     ),
     "hopper": (
-        "Hopper-v5 at the paper's settings: branches grow from 1 step to 15",
+        "Hopper-v5 at the official code's settings: branches grow from 1 step to 11 (15 in epoch 150)",
         replace(MUJOCO, env_id="Hopper-v5", total_timesteps=125_000, rollout_schedule=(20, 150, 1, 15)),
     ),
     "walker2d": (

@@ -362,6 +362,22 @@ def test_the_world_changes_after_so_many_steps_and_not_during_the_last():
         assert (env.step(0)[0] == 3 * 9 + 8) == opened
 
 
+@pytest.mark.parametrize(("clock", "changed"), [(999, False), (1_000, True)])
+def test_evaluations_are_of_the_maze_as_it_is(clock, changed):
+    """However many steps they take. The maze of the training ages."""
+    args = dyna_q.Args(env_id="BlockingMaze-v0")
+    env = dyna_q.make_task(args)
+    checkpoint = {"learned": {"Q": np.zeros((54, 4))}, "env": {**dyna_q.env_state(env), "own": {"clock": clock}}}
+    dyna_q.set_env_state(env, checkpoint["env"])
+    new_policy = dyna_q.load_policy(args, env, checkpoint)
+    assert dyna_q.evaluate(new_policy, env, 3, 1, 50)[1] == [50] * 3
+    assert env.unwrapped.layout == changed and env.unwrapped.clock == clock
+    training = dyna_q.make_task(args)
+    training.reset(seed=1)
+    training.step(0)
+    assert training.unwrapped.clock == 1
+
+
 def test_maze_map_and_moves():
     env = gym.make("DynaMaze-v0", render_mode="rgb_array")
     grid = env.unwrapped.desc
