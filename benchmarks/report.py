@@ -215,11 +215,16 @@ def name_of(task: str) -> str:
     return f"report_{task.replace(' ', '_')}"
 
 
+def has_clock(variants: dict[str, list[Run]]) -> bool:
+    return any(not np.isnan(run.minutes) for runs in variants.values() for run in runs)
+
+
 def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9.2, 3.4), dpi=90)
-    axes = figure.subplots(1, 2, sharey=True)
+    columns = (0, 1) if has_clock(variants) else (0,)
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for number, runs in enumerate(variants.values()):
-        for axis, column in zip(axes, (0, 1), strict=True):
+        for axis, column in zip(axes, columns, strict=True):
             # A run that was stopped in between has no clock
             curves = [run.curves[run.drawn] for run in runs if column == 0 or not np.isnan(run.minutes)]
             for curve in curves:
@@ -239,7 +244,7 @@ def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Pat
                 axes[0].annotate(mark["label"], (0.02, value), (0, 3), ("axes fraction", "data"), **text)
     axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
     axes[0].set(xlabel="steps", ylabel=", ".join(sorted({run.drawn for runs in variants.values() for run in runs})))
-    axes[1].set(xlabel="minutes")
+    axes[-1].set(xlabel=("steps", "minutes")[columns[-1]])
     axes[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path)
@@ -263,7 +268,8 @@ def table(task: str, variants: dict[str, list[Run]], figure: str) -> str:
             f"| `{command(runs[0])}` | {seeds(runs)} | {steps(runs)} | {spread(last)} | {middle} | {each} "
             f"| {clock(runs)} |"
         )
-    lines += ["", f"![{task}: evaluations over steps and minutes]({figure})", ""]
+    over = "steps and minutes" if has_clock(variants) else "steps"
+    lines += ["", f"![{task}: evaluations over {over}]({figure})", ""]
     every = [run for runs in variants.values() for run in runs]
     commits = ", ".join(dict.fromkeys(commit for run in every for commit in run.commit.split()))
     few = any(1 < len(runs) < 4 for runs in variants.values())

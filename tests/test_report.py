@@ -214,6 +214,9 @@ def test_only_runs_that_were_never_stopped_have_a_clock(tmp_path, monkeypatch):
     trained.curves["eval/episodic_length"] = trained.score[-1:]
     report.draw("dyna_q maze", {"maze": [trained]}, [], tmp_path / "x.png")
     assert axes[2].get_ylabel() == "charts/episodic_length" and len(axes[2].lines[0].get_xdata()) == 2
+    report.draw("dyna_q maze", {"maze": [pause]}, [], tmp_path / "x.png")  # nothing to show over minutes
+    assert len(axes) == 5 and axes[4].get_xlabel() == "steps" and len(axes[4].lines) == 2
+    assert "evaluations over steps](x.png)" in report.table("dyna_q maze", {"maze": [pause]}, "x.png")
 
 
 @with_scipy
