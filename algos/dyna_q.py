@@ -653,7 +653,7 @@ class Maze(gym.Env):
 
 def hold_still(env: gym.Env) -> None:
     """Evaluations are of the world as it is now: the steps taken in them do not bring its change nearer."""
-    if isinstance(env.unwrapped, Maze):
+    if env.spec.id in MAZES:
         env.unwrapped.ages = False
 
 

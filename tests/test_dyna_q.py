@@ -6,6 +6,7 @@ from collections import deque
 
 import gymnasium as gym
 import helpers
+import house
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -376,6 +377,17 @@ def test_evaluations_are_of_the_maze_as_it_is(clock, changed):
     training.reset(seed=1)
     training.step(0)
     assert training.unwrapped.clock == 1
+
+
+def test_a_second_copy_of_the_file_holds_the_mazes_of_the_first_still():
+    """A process that imports the file twice has the mazes that the first copy registered."""
+    copy = house.load(helpers.ROOT / "tests" / ".." / "algos" / "dyna_q.py")
+    env = copy.make_task(copy.Args(env_id="BlockingMaze-v0"))
+    assert copy.Maze is not dyna_q.Maze and not isinstance(env.unwrapped, copy.Maze)
+    copy.hold_still(env)
+    env.reset(seed=1)
+    env.step(0)
+    assert env.unwrapped.clock == 0
 
 
 def test_maze_map_and_moves():
