@@ -53,16 +53,18 @@ Run (measured on 2 CPU cores; docs/dreamer_v1.md has the curves):
 
 Deviations from the paper and the official code:
   - The last row of an episode is drawn too (the code's random start leaves it out), and no dream begins in a terminal
-    state (the code leaves out the last row of each sequence). Episodes shorter than L are filled up, and what fills
-    them counts nowhere; the code skips them.
+    state (where ends are foreseen the code leaves out the last row of each sequence). Episodes shorter than L are
+    filled up, and what fills them counts nowhere; the code skips them.
   - As in the code, and not in the paper's Equations 7 and 8, dreamed states are weighted by the discounts before them,
     and the state that a dream begins in is not among them. Sizes of the networks are the code's too.
-  - The random steps end with an episode, and are counted in steps. Computing is in float32, or with --bf16 in
-    bfloat16; the code's is float16 with a scaled loss.
+  - The random steps end with an episode, and are counted in steps, as in the code; in the paper they are 5 episodes.
+    Computing is in float32, or with --bf16 in bfloat16; the code's is float16 with a scaled loss.
+  - MuJoCo draws without smoothed edges and shadows: much faster, and not the pixels of the paper.
   - The deterministic policy is tanh of the mean; the code takes the likeliest of a hundred samples.
   - The constant of the normal's log-likelihood is left out of the losses; gradients are the same.
   - Discrete actions explore with a constant share of random ones; the code's falls from 0.4 to 0.1, and with its games
-    come other settings (β = 0.1, H = 10, tanh of rewards), which no preset here has.
+    come other settings (β = 0.1, H = 10, tanh of rewards), which no preset here has. The gradient passes straight
+    through them, as in the paper; the paper's own code has a score function there.
   - The small presets have smaller networks, larger step sizes, images of 32 × 32, more updates for each step, rewards
     times --reward-scale, and one free nat: with three there is room to read an angle anew from each picture, and little
     need of its speed. Fewer pixels, or a few numbers, would hardly be worth their KL: --decoder-std makes up for
@@ -115,7 +117,7 @@ class Args:
     random_steps: int = 1_000
     """So many of them take uniformly random actions first."""
     train_every: int = 2
-    """Learn every this many environment steps."""
+    """Learn every this many environment steps, once an action at most."""
     updates: int = 1
     """Updates each time."""
     pretrain: int = 100
@@ -895,6 +897,8 @@ def train(args: Args) -> Path:
         save()
     if stop_signal.number and step < args.total_timesteps:
         log.stopped(step, stop_signal.number)
+    if step >= args.total_timesteps > args.random_steps and not learning:
+        print(f"nothing was learned: no episode ended between the {args.random_steps:,} random steps and the last one")
     measure()
     if args.picture_every:
         draw()
@@ -1023,18 +1027,18 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
     size = args.image_size if pixels else 240
     if name != args.env_id:
         if args.env_id not in gym.registry and name.count("-") == 1:
-            gym.register(args.env_id, entry_point=lambda **kwargs: ControlSuite(name, **kwargs))
+            gym.register(args.env_id, lambda **kwargs: ControlSuite(name, **kwargs), max_episode_steps=1000)
         env = make_env(args.env_id, size=size)
     else:
         settings = {"render_mode": "rgb_array"} if draws else {}
-        spec = gym.registry.get(args.env_id)
-        if draws and spec and "mujoco" in str(spec.entry_point):
-            settings |= {"width": size, "height": size}
-            if pixels:  # the default camera stays where it is, and the robot runs out of the picture
-                settings["camera_name"] = "track"
         env = make_env(args.env_id, **settings)
         if draws and hasattr(env.unwrapped, "mujoco_renderer"):
-            cheap_pictures(env.unwrapped.model, size)
+            model, renderer = env.unwrapped.model, env.unwrapped.mujoco_renderer
+            cheap_pictures(model, size)
+            renderer.width = renderer.height = size
+            cameras = [model.camera(i).name for i in range(model.ncam)]
+            if pixels and "track" in cameras:  # the default one stands still, and the robot runs out of its picture
+                renderer.camera_id = cameras.index("track")
     if isinstance(env.action_space, gym.spaces.Box):
         actions = env.action_space
         if len(actions.shape) != 1 or not np.isfinite([actions.low, actions.high]).all():

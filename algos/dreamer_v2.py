@@ -125,7 +125,7 @@ class Args:
     random_steps: int = 2_000
     """So many of them take uniformly random actions first."""
     train_every: int = 2
-    """Learn every this many environment steps."""
+    """Learn every this many environment steps, once an action at most."""
     updates: int = 1
     """Updates each time."""
     pretrain: int = 500
@@ -1100,6 +1100,8 @@ def train(args: Args) -> Path:
         save()
     if stop_signal.number and step < args.total_timesteps:
         log.stopped(step, stop_signal.number)
+    if step >= args.total_timesteps > args.random_steps and not learning:
+        print(f"nothing was learned: no episode ended between the {args.random_steps:,} random steps and the last one")
     measure()
     if args.picture_every:
         draw()
@@ -1316,21 +1318,21 @@ def make_task(args: Args, render: bool = False) -> gym.Env:
     size = args.image_size if pixels else 240
     if name != args.env_id:
         if args.env_id not in gym.registry and name.count("-") == 1:
-            gym.register(args.env_id, entry_point=lambda **kwargs: ControlSuite(name, **kwargs))
+            gym.register(args.env_id, lambda **kwargs: ControlSuite(name, **kwargs), max_episode_steps=1000)
         env = make_env(args.env_id, size=size)
     else:
         settings = {"render_mode": "rgb_array"} if draws else {}
         if game:  # an episode ends with the game, not with a life
             settings |= {"obs_type": "grayscale", "frameskip": 1, "repeat_action_probability": 0.25}
             settings |= {"full_action_space": False}
-        spec = gym.registry.get(args.env_id)
-        if draws and spec and "mujoco" in str(spec.entry_point):
-            settings |= {"width": size, "height": size}
-            if pixels:  # the default camera stays where it is, and the robot runs out of the picture
-                settings["camera_name"] = "track"
         env = make_env(args.env_id, **settings)
         if draws and hasattr(env.unwrapped, "mujoco_renderer"):
-            cheap_pictures(env.unwrapped.model, size)
+            model, renderer = env.unwrapped.model, env.unwrapped.mujoco_renderer
+            cheap_pictures(model, size)
+            renderer.width = renderer.height = size
+            cameras = [model.camera(i).name for i in range(model.ncam)]
+            if pixels and "track" in cameras:  # the default one stands still, and the robot runs out of its picture
+                renderer.camera_id = cameras.index("track")
     if isinstance(env.action_space, gym.spaces.Box):
         actions = env.action_space
         if len(actions.shape) != 1 or not np.isfinite([actions.low, actions.high]).all():

@@ -666,6 +666,21 @@ def test_mujocos_pictures_follow_the_robot_and_are_cheap():
     assert env.unwrapped.model.vis.quality.offsamples == 0
 
 
+@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2"])
+def test_mujocos_pictures_are_whole_by_whatever_name_the_environment_goes(name):
+    """Drawn larger than MuJoCo was told to, all but a corner of them is black."""
+    block, envs, seen = helpers.module(name), [], []
+    for env_id in ("HalfCheetah-v5", "gymnasium:HalfCheetah-v5", "HalfCheetah"):
+        args = block.Args(env_id=env_id, obs="pixels", image_size=64, action_repeat=1)
+        envs += [block.make_task(args), block.make_task(block.replace(args, obs="vector"), render=True)]
+        seen.append(envs[-2].reset(seed=0)[0])
+    assert (seen[0] == seen[1]).all() and (seen[0] == seen[2]).all() and seen[0].mean() > 100
+    for env, size in zip(envs, [64, 240] * 3, strict=True):
+        quality = env.unwrapped.model.vis.global_
+        renderer = env.unwrapped.mujoco_renderer
+        assert {quality.offwidth, quality.offheight, renderer.width, renderer.height} == {size}
+
+
 def test_an_action_repeated():
     env = block.Repeat(Tape(), 3)
     env.reset()
@@ -831,6 +846,24 @@ def test_the_control_suite_is_met_as_an_environment(monkeypatch):
     assert terminated and not truncated
     seen, _ = block.make_task(args_of(env_id="ControlSuite/quadruped-walk", obs="pixels")).reset()
     assert (seen == 7).all() and set(drawn) == {2}
+    monkeypatch.setattr(Task, "step", lambda self, action: self.now())  # lqr's tasks have no end of their own
+    env.reset()
+    assert [env.step(np.zeros(2, np.float32))[2:4] for _ in range(1000)] == [(False, False)] * 999 + [(False, True)]
+
+
+@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2"])
+def test_a_run_in_which_nothing_was_learned_says_so(name, tmp_path, capsys):
+    """Learning begins between two episodes; this one has no end."""
+
+    class Endless(Tape):
+        def step(self, action):
+            return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    gym.register("Endless-v0", Endless)
+    flags = "--env-id Endless-v0 --obs vector --total-timesteps 30 --random-steps 10 --eval-max-steps 5 --eval-every 0 "
+    helpers.run(name, flags + "--action-repeat 1 --eval-episodes 1 --picture-every 0", tmp_path / "run")
+    del gym.registry["Endless-v0"]
+    assert "no episode ended" in capsys.readouterr().out
 
 
 def test_freeing_an_environment_leaves_the_others_pictures_alone():
