@@ -62,6 +62,7 @@ Deviations from the paper and the official code:
   - Adam's ε stands beside the corrected deviation of the gradient, as in torch; in Keras beside the uncorrected one.
   - The random steps end with an episode, and are counted in steps. Computing is in float32, or with --bf16 in
     bfloat16; the code's is float16 with a scaled loss.
+  - MuJoCo draws without smoothed edges and shadows: much faster, and not the pixels of the paper.
   - The constant of the normal's log-likelihood is left out of the losses; gradients are the same.
   - --prior gaussian has V1's deviation, softplus + 0.1; the code's own Gaussian bends it by a sigmoid.
   - A game's seed is drawn anew for each episode, so that a run can go on to the bit.
