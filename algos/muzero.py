@@ -55,12 +55,14 @@ Run (docs/muzero.md has what was measured):
     python algos/muzero.py --play RUN_DIR                     # a board game against you
 
 Deviations from the paper and its pseudocode:
-  - A node counts itself as a visit, the root too: N(s) = 1 + Σ N(s,a). With the sum alone the first simulation would
-    not see the prior. The reward of an edge is part of what its Q is updated with; Equation 4 leaves it out by mistake.
+  - A node counts itself as a visit, the root too: N(s) = 1 + Σ N(s,a). With the sum alone, as at the root in the first
+    pseudocode, the first simulation would not see the prior; the pseudocode of 2021 has it as here. The reward of an
+    edge is part of what its Q is updated with; Equation 4 leaves it out by mistake.
   - Where all Q of a tree are the same so far, the normalised one is 0, as for an action that was never tried. Gumbel's
     v_mix is cut to the extremes of the tree.
   - The weights that search are a moving average of those that learn; the paper hands over new ones now and then. With
-    them n-step returns are valued anew (--no-fresh-values: as the search did when it was played, as in the paper).
+    them n-step returns are valued anew (--no-fresh-values: as the last search did; the paper: as the search did when
+    it was played).
   - The reward is read from the state that it led to. Numbers that are seen are normalised by their mean and spread.
   - CartPole's unrolled hidden states are drawn to those of what was then seen (--consistency; after W. Ye et al.,
     "Mastering Atari Games with Limited Data", 2021, who compare by cosine, and by way of one more network).
@@ -69,9 +71,10 @@ Deviations from the paper and its pseudocode:
   - Boards have a reward as any other task: 1 for the move that wins. In the paper they have none, and a value that goes
     on after the end. Their values are chances of −1, 0 and 1; the paper's boards have one number, and its square.
   - --reanalyze searches old positions anew, in the same batch as the games', and writes what it found into the store.
-    The paper searches those that were just drawn to learn from.
-  - CartPole and the boards are searched as Danihelka et al. do, with c_scale = 0.1 and 0.3, and Q normalised over the
-    tree. Their ν is Σ π' Q at the root, whose visits are spread evenly whatever Q says.
+    The paper's revisits so many that 80 % of the updates have fresh policies (Appendix H); the pseudocode of 2021
+    searches whole old games, and stores them once more.
+  - CartPole, Ms. Pac-Man (0.1) and the boards (0.3) are searched as Danihelka et al. do, with this c_scale, and Q
+    normalised over the tree. Their ν is Σ π' Q at the root, whose visits are spread evenly whatever Q says.
   - Boards' games of self-play begin after a few random moves (--openings), for Gumbel's search soon plays the same
     lines.
   - CartPole's n-step returns are corrected for what followed having been played by an older, worse policy (--vtrace;
@@ -116,7 +119,8 @@ ALGORITHM = "muzero"
 class Args:
     env_id: str = "CartPole-v1"
     """This file's TicTacToe-v0 and ConnectFour-v0, or any Gymnasium environment with Discrete actions whose
-    observations are numbers or an image. `module:Env-v0` imports the module first."""
+    observations are numbers or an image. `module:Env-v0` imports the module first. The other settings stay
+    CartPole's, or the preset's: with rewards that can't be seen in what follows, --consistency 0 at least."""
     network: Literal["auto", "mlp", "conv"] = "auto"
     """Dense layers, or convolutions with residual blocks; auto: by the shape of the observation."""
     total_timesteps: int = 15_000
@@ -137,7 +141,7 @@ class Args:
     """Q in a tree is scaled by its range, but by this at least (as EfficientZero does): where all is equally good
     the range is that of the network's mistakes."""
     noise_alpha: float = 0.25
-    """Dirichlet noise at the root: its α ..."""
+    """puct: Dirichlet noise at the root: its α ..."""
     noise_share: float = 0.25
     """... and its share in the prior. Evaluations have none."""
     considered: int = 16
@@ -147,11 +151,11 @@ class Args:
     gumbel_scale: float = 0.1
     """Gumbel: c_scale."""
     temperature: float = 1.0
-    """T: actions are drawn by N^(1/T)."""
+    """puct: T: actions are drawn by N^(1/T). Gumbel's search has its dice at the root."""
     temperature_steps: int = 15_000
-    """T is halved at half, and again at three quarters of these steps; 0: it stays."""
+    """puct: T is halved at half, and again at three quarters of these steps; 0: it stays."""
     temperature_moves: int = 0
-    """After so many moves of a game the most visited action is taken; 0: never."""
+    """puct: after so many moves of a game the most visited action is taken; 0: never."""
     openings: int = 0
     """Boards: a game of self-play begins after 0 to so many random moves, which are not kept."""
     gamma: float = 0.997
@@ -180,7 +184,8 @@ class Args:
     prioritized: bool = False
     """Draw positions by how wrong their values were."""
     priority_alpha: float = 1.0
-    """α: P(i) ∝ p_i^α, with p = |v⁰ − z| when it was drawn last; what was never drawn has the largest so far."""
+    """α: P(i) ∝ p_i^α, with p = |v⁰ − z| when it was drawn last, 0.001 at least; what was never drawn has the
+    largest so far."""
     priority_beta: float = 1.0
     """β: each counts (1 / (N P(i)))^β."""
     learning_rate: float = 2e-3
@@ -342,7 +347,7 @@ def from_logits(logits: torch.Tensor, squashed: bool) -> torch.Tensor:
 
 
 def to_unit(s: torch.Tensor) -> torch.Tensor:
-    """Appendix G: s / its range, so that each hidden state lies in [0, 1], as the actions beside it do."""
+    """Appendix G: (s − min) / (max − min), so that each hidden state lies in [0, 1], as the actions beside it do."""
     flat = s.flatten(1)
     low, high = flat.aminmax(dim=1, keepdim=True)
     return ((flat - low) / (high - low).clamp_min(1e-5)).view_as(s)
@@ -1139,8 +1144,9 @@ def check_settings(args: Args) -> None:
         stop(f"--openings is {args.openings}: {args.env_id} could be won by then, {2 * rules.line - 2} is the most")
     if args.vtrace and not args.reanalyze:
         stop("--vtrace goes by what old positions are searched to be: give it some --reanalyze, or --no-vtrace")
-    if args.batch_size > args.replay_size:
-        stop(f"--batch-size {args.batch_size} is more than the --replay-size {args.replay_size} that is kept")
+    known = args.replay_size - args.envs * (args.unroll + args.steps + args.frames)
+    if args.batch_size > known:
+        stop(f"--batch-size {args.batch_size} is more than the {known} rows of --replay-size that can be drawn")
     if args.opponent == "perfect" and args.env_id == "ConnectFour-v0":
         stop("--opponent perfect plays tic-tac-toe alone: take minimax")
 
@@ -1536,7 +1542,7 @@ def play_against_a_person(args: Args) -> Path:
             if person:
                 print(board_text(rules, board[0], visits))
                 legal, word = rules.legal(board)[0], ""
-                while not (word.isdigit() and int(word) < rules.actions and legal[int(word)]):
+                while not (word.isdecimal() and int(word) < rules.actions and legal[int(word)]):
                     try:
                         word = input("your move: ").strip()
                     except EOFError:
