@@ -406,7 +406,7 @@ CASES = {
             ("--env-id TicTacToe-v0 --openings 5", "--openings"),
             ("--reanalyze 0", "--vtrace"),
             ("--batch-size 2000 --replay-size 1000", "--batch-size"),
-            ("--batch-size 600 --replay-size 640", "--batch-size"),
+            ("--batch-size 630 --replay-size 640", "--batch-size"),
             ("--gamma 1.1", "--gamma"),
             ("--noise-share 2", "--noise-share"),
             ("--averaging 0", "--averaging"),
