@@ -140,7 +140,7 @@ def train(run: Run, threads: int = 1, to_stop: Callable[[], bool] = lambda: Fals
         shutil.rmtree(run.folder, ignore_errors=True)  # killed before its first checkpoint
     begin = [*run.flags.split(), "--seed", str(run.seed), "--run-dir", str(run.folder)]
     flags = ["--resume", str(run.folder)] if go_on else begin
-    command = [sys.executable, str(ROOT / "algos" / f"{run.name}.py"), *flags, "--no-progress"]
+    command = [sys.executable, str(ROOT / "algos" / f"{run.name}.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
