@@ -448,7 +448,8 @@ class CartPoleSwingUp(gym.Env):
         return np.asarray(image)
 
 
-gym.register("CartPoleSwingUp-v0", entry_point=CartPoleSwingUp, max_episode_steps=200)
+if "CartPoleSwingUp-v0" not in gym.registry:
+    gym.register("CartPoleSwingUp-v0", entry_point=CartPoleSwingUp, max_episode_steps=200)
 
 
 # ── Plumbing: the same in every file, nothing below is specific to the algorithm ──────────────────────────────────
@@ -532,7 +533,7 @@ class Run:
         # After a kill the steps since the last checkpoint are taken again: TensorBoard hides the first attempt.
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("settings", f"|setting|value|\n|-|-|\n{table}", self.step)
+        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}", self.step)
         print(f"run folder: {self.dir}\ncurves: tensorboard --logdir {shlex.quote(str(self.dir))}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", disable=None)
         self.first_step, self.began, self.saved = self.step, time.perf_counter(), time.perf_counter()
