@@ -69,12 +69,11 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     env_id: str = "InvertedPendulum-v5"  # any environment with vector observations and bounded continuous actions
     total_timesteps: int = 6_000  # environment steps, including the random ones
     random_steps: int = 500  # steps of random actions before the first training
-    epoch_steps: int = 250  # E: steps per epoch, the unit of the two settings that count epochs
+    epoch_steps: int = 250  # E: steps per epoch; an imagined transition is kept for about one epoch
     model_every: int = 250  # steps between trainings of the model, each followed by new branches
     rollouts: int = 100_000  # M: branches after each training of the model
     rollout_schedule: tuple[int, int, int, int] = (20, 150, 1, 1)  # a b x y: k grows from x in epoch a to y in epoch b
     rollout_length: Optional[int] = None  # a constant k in place of the schedule; 0: SAC alone, without a model
-    retain_epochs: int = 1  # epochs for which imagined transitions are kept
     real_ratio: float = 0.05  # share of real transitions in a batch of SAC
     updates: int = 10  # G: updates of SAC per environment step
     batch_size: int = 256  # transitions per update of SAC
@@ -157,8 +156,7 @@ class Ensemble(nn.Module):
         self.register_buffer("elites", torch.arange(args.elites))
 
     def forward(self, s: Tensor, a: Tensor, chosen: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Tensor]:
-        """s [B, N, D], a [B, N, A] → mean and log-variance of the targets [B, N, ·], log-odds of an end [B, N], of all
-        members or of the chosen ones."""
+        """s [B, N, D], a [B, N, A] → mean and log-variance of the targets [B, N, ·], log-odds of an end [B, N]."""
         x = (torch.cat([s, a], -1) - self.input_mean) / self.input_std
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if chosen is not None:
@@ -191,7 +189,7 @@ def make_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, args.model_learning_rate, fused=True)
 
 
-def fit(model: Ensemble, optimizer: torch.optim.Optimizer, replay: "Replay", args: Args) -> dict[str, float]:
+def fit(model: Ensemble, optimizer: torch.optim.Optimizer, replay: "Replay", args: Args) -> dict[str, Tensor | int]:
     """Step (1): train until the held-out error stops improving. Each member keeps the weights of its best pass."""
     order = torch.randperm(replay.size, device=replay.data.device)
     unseen, order = order.tensor_split([min(int(args.holdout * replay.size), 5_000)])
@@ -222,8 +220,8 @@ def fit(model: Ensemble, optimizer: torch.optim.Optimizer, replay: "Replay", arg
     for p, saved in zip(parameters, best_parameters, strict=True):
         p.data.copy_(saved)
     model.elites.copy_(best.argsort()[: args.elites])
-    heldout = best[model.elites].mean().item()
-    return {"losses/model": torch.stack(losses).mean().item(), "model/heldout_mse": heldout, "model/passes": passes}
+    metrics = {"losses/model": torch.stack(losses).mean(), "model/heldout_mse": best[model.elites].mean()}
+    return metrics | {"model/passes": passes}
 
 
 def rollout_length(args: Args, step: int) -> int:
@@ -297,9 +295,6 @@ class Policy(nn.Module):
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return torch.tanh(u), (log_normal - log_slope).sum(-1, keepdim=True)
 
-    def mode(self, s: Tensor) -> Tensor:
-        return torch.tanh(self.net(s).chunk(2, -1)[0])
-
 
 class Critics(nn.Module):
     """Q_θ(s, a): two critics in one batched module."""
@@ -349,8 +344,8 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def forward(self, obs: np.ndarray) -> np.ndarray:
-        s = torch.as_tensor(obs, dtype=torch.float32, device=self.low.device)
-        return self.to_action(self.policy.mode(s))
+        mean, _ = self.policy.net(torch.as_tensor(obs, dtype=torch.float32, device=self.low.device)).chunk(2, -1)
+        return self.to_action(torch.tanh(mean))
 
     def predict(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One imagined step of rows [N, ·], each through one elite, chosen at random: next states, rewards, ends."""
@@ -428,8 +423,7 @@ def draw_branches(agent: Agent, data: "Transitions", k: int) -> Figure:
             break
     left.plot(range(length + 1), [0, *error], "o-", label="error of the predicted state")
     left.axvspan(0, k, color="tab:red", alpha=0.2, label=f"length of a branch: k = {k}")
-    left.set(title="the last 1,000 steps, predicted without looking", xlabel="steps predicted", ylim=(0, None))
-    left.set_ylabel("mean error, in std of the state")
+    left.set(title="prediction of the last 1,000 steps", xlabel="steps without looking", ylabel="mean error / std")
     left.legend()
     episode = data.s[data.episode[:, 0] == data.episode[-1]][:100]
     paths, i = [episode[::5]], min(1, episode.shape[1] - 1)
@@ -453,8 +447,7 @@ def train(args: Args) -> None:
     agent, replay = Agent(env, args), Replay(args.total_timesteps, env, args.device)
     pool, model_optimizer = ModelPool(sum(replay.widths[:-1]), args.device), make_optimizer(agent.model, args)
     critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.learning_rate, fused=True)
-    policy_parameters = [*agent.policy.parameters(), agent.log_alpha]
-    policy_optimizer = torch.optim.Adam(policy_parameters, args.learning_rate, fused=True)
+    policy_optimizer = torch.optim.Adam([*agent.policy.parameters(), agent.log_alpha], args.learning_rate, fused=True)
     run = Run(args, agent=agent, replay=replay, pool=pool, model_optimizer=model_optimizer,
               critic_optimizer=critic_optimizer, policy_optimizer=policy_optimizer)  # fmt: skip
 
@@ -474,8 +467,7 @@ def train(args: Args) -> None:
                 # (2) follow π_φ through p_θ from states of D_env, and add these branches to D_model
                 states = replay.rows(torch.randint(replay.size, (args.rollouts,), device=args.device)).s
                 rows = branch(agent, states, k)
-                trainings = max(args.retain_epochs * args.epoch_steps // args.model_every, 1)
-                pool.add(rows, capacity=trainings * args.rollouts * k)
+                pool.add(rows, capacity=max(args.epoch_steps // args.model_every, 1) * args.rollouts * k)
                 run.log("model/rollout_length", len(rows) / args.rollouts)
             # (3) take an action and add the transition to D_env
             if steps < 0:
@@ -514,16 +506,12 @@ def check_spaces(env: gym.Env) -> None:
         raise UserError(f"the actions of {env.spec.id} are unbounded: use gymnasium.wrappers.TransformAction")
 
 
-def never(s: Tensor) -> Tensor:
-    return torch.zeros(s.shape[:-1], dtype=torch.bool, device=s.device)
-
-
 TERMINAL = {  # whether an episode ends in the states [..., D]
     "InvertedPendulum-v5": lambda s: s[..., 1].abs() > 0.2,  # s = (x, angle, ...)
-    "Pendulum-v1": never,
+    "Pendulum-v1": lambda s: s[..., 0] > math.inf,  # never
     "Hopper-v5": lambda s: ~((s[..., 0] > 0.7) & (s[..., 1].abs() < 0.2) & (s[..., 1:].abs() < 100).all(-1)),
     "Walker2d-v5": lambda s: ~((s[..., 0] > 0.8) & (s[..., 0] < 2) & (s[..., 1].abs() < 1)),  # s = (height, angle, ...)
-    "HalfCheetah-v5": never,
+    "HalfCheetah-v5": lambda s: s[..., 0] > math.inf,
     "Ant-v5": lambda s: ~((s[..., 0] >= 0.2) & (s[..., 0] <= 1)),
     "Humanoid-v5": lambda s: ~((s[..., 0] >= 1) & (s[..., 0] <= 2)),
 }

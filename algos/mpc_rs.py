@@ -1,94 +1,61 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0",
-#     "numpy>=2.0,<3",
-#     "gymnasium>=1.1,<2",
-#     "mujoco>=3.3,<5",
-#     "imageio>=2.34,<3",
-#     "tyro>=1.0,<2",
-#     "tensorboard>=2.18,<3",
-#     "tqdm>=4.66,<5",
-#     "pillow>=11,<14",
-#     "matplotlib>=3.9,<4",
-#     "pygame-ce>=2.5,<3",
+#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.1,<2", "mujoco>=3.3,<5", "imageio>=2.34,<3", "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "pillow>=11,<14", "matplotlib>=3.9,<4", "pygame-ce>=2.5,<3",
 # ]
 # ///
-"""MPC-RS: learn how the world moves, then try a thousand futures in it before each action.
+"""MPC-RS: plan with a learned model by trying thousands of random action sequences in it.
 
-A network learns by regression how an action changes the state. To act, the agent draws K random action sequences,
-imagines where each would lead in H steps, and takes the first action of the best one; at the next state it plans anew
-(model-predictive control by random shooting). What it meets on its way is added to the data, and the network is fitted
-again. There is no policy and no value function, and the same network serves any reward.
+A network learns by regression how an action changes the state. To act, the agent samples K random action sequences,
+predicts where each would lead in H steps, and executes the first action of the best one. It plans again in the next
+state (model-predictive control by random shooting), and its own experience improves the network where it acts.
 
-Paper: A. Nagabandi, G. Kahn, R. S. Fearing, S. Levine, "Neural Network Dynamics for Model-Based Deep Reinforcement
-Learning with Model-Free Fine-Tuning", ICRA 2018, arXiv 1708.02596. Official code: github.com/nagaban2/nn_dynamics.
-`--planner mppi` refines a plan instead of forgetting it, as in A. Nagabandi, K. Konolige, S. Levine, V. Kumar, "Deep
-Dynamics Models for Learning Dexterous Manipulation" (PDDM), CoRL 2019, arXiv 1909.11652, code: google-research/pddm.
+Paper: Nagabandi, Kahn, Fearing, Levine, "Neural Network Dynamics for Model-Based Deep Reinforcement Learning with
+Model-Free Fine-Tuning", ICRA 2018, arXiv 1708.02596. Official code: github.com/nagaban2/nn_dynamics.
 
 The algorithm (Algorithm 1 of the paper):
-    (1) at first act at random: D_RAND
-    (2) later, in each state s_t, find the action sequence A_t of the best imagined return over H steps (Eq. 4)
-    (3) execute its first action a_t alone
+    (1) act at random and collect D_RAND
+    (2) afterwards, in each state s_t, find the action sequence A_t with the best predicted return over H steps (Eq. 4)
+    (3) execute only its first action a_t
     (4) add (s_t, a_t, s_{t+1}) to D_RL
-    (5) when D_RAND is complete, and from time to time after that: fit f̂_θ on minibatches of D_RAND and D_RL (Eq. 2),
-        going on from the weights it has
+    (5) when D_RAND is complete, and regularly afterwards, train f̂_θ on minibatches from D_RAND and D_RL (Eq. 2)
 
-Symbols (paper → this file):
-    s, a, s' → s, a, s2              f̂_θ → DynamicsModel         D_RAND, D_RL → the first rows of replay, and the rest
-    K → candidates                   H → horizon                 r(s, a) → reward of TASKS, or learned
-    E_val^(H) → open_loop_errors     PDDM: β → beta, Σ → sigma, γ → kappa (so named in its code), μ → mean
+Symbols: f̂_θ → Network, K → candidates, H → horizon, D_RAND → the first random_steps rows of replay, D_RL → the others.
 
-Run (measured on 2 CPU cores, imports included; docs/mpc_rs.md has the curves of five seeds):
-    python algos/mpc_rs.py                            # Pendulum-v1: −157 after 2,000 steps; 2 minutes
-    python algos/mpc_rs.py --planner mppi --candidates 100 --horizon 20 --kappa 10    # −133; 1 minute
-    python algos/mpc_rs.py --dynamics true            # the same planner in the true equations: no model error
-    python algos/mpc_rs.py cartpole                   # swing the pole up and hold it: 174 of 200; 2 minutes
-    python algos/mpc_rs.py reacher                    # −6.7; with --planner random −24.4; 2 minutes
-    python algos/mpc_rs.py halfcheetah                # 325 after 73,000 steps (one seed); 69 minutes
-    python algos/mpc_rs.py --env-id MountainCarContinuous-v0    # reward and end are learned too
+Usage (return: mean and 95 % interval over seeds; docs/mpc_rs.md has the curves):
+    python algos/mpc_rs.py                                  # minutes and return
+    python algos/mpc_rs.py halfcheetah                      # minutes and return
+    python algos/mpc_rs.py --env-id my_module:MyEnv-v0      # any Gymnasium task: its reward and end are learned too
+    python algos/mpc_rs.py --evaluate runs/NAME --episodes 10 --capture-video
 
-Deviations from the paper and the official code:
-  - Model-based part only: the policy that imitates the planner and is then tuned by TRPO is another algorithm.
-  - D_RL is held out until it has been measured: the errors logged at a fit are those of rollouts which the model has
-    never seen and which its own plans have led to. The paper sets rollouts aside for that, which cost real steps.
-  - Rows are counted, not rollouts: `--random-steps` make D_RAND and `--refit-every` steps part two fits, so that
-    episodes of any length do.
-  - The noise on the data has the same scale in every normalised coordinate and is drawn anew for each minibatch; the
-    official code draws it once, in proportion to the coordinate's mean, none where that is negative, none on actions.
-  - The official code adds a little noise to the action it executes and stores the action without it: left out.
-  - Means and deviations are taken of all data at each fit, except in the presets of the paper's tasks, which take them
-    of D_RAND alone as the official code does. Biases start at 0, the code draws them like the weights.
-  - MPPI here plans with this file's one network, warm-started; PDDM has three, trained anew each time. Its equations
-    filter the noise, as this file does; its released code filters the action, from the last executed one on.
-  - A state that the planner believes to be terminal earns nothing from there on. A plan's H rewards are added up, as in
-    Eq. 4; the code adds one for the last state, with the last action again.
+Differences from the paper and its code: only the model-based half, without the policy that imitates the planner; the
+model is trained after a fixed number of steps, not of rollouts; means and standard deviations are those of all data,
+where the code keeps those of D_RAND; new data serve as the validation set before the model is trained on them;
+HalfCheetah's reward is not a function of Gymnasium's observation, so it is learned.
 """
 
-import functools
-import itertools
-import json
+import argparse
+import io
 import math
 import os
-import random
 import shlex
 import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -97,1207 +64,513 @@ ALGORITHM = "mpc_rs"
 
 
 @dataclass
-class Args:
-    env_id: str = "Pendulum-v1"
-    """Any Gymnasium environment with vectors for observations and a bounded box of actions; `module:Env-v0` imports
-    the module first. Where this file's table TASKS has no entry, reward and termination are learned."""
-    total_timesteps: int = 2_000
-    """Real environment steps in all, those of random actions included."""
-    planner: Literal["random", "mppi"] = "random"
-    """random: K uniform sequences, the best of them. mppi: K noisy copies of the last plan, averaged by their return
-    (PDDM)."""
-    candidates: int = 4_000
-    """K: action sequences imagined for each real step."""
-    horizon: int = 15
-    """H: the length of each."""
-    sigma: float = 0.5
-    """mppi, Σ: standard deviation of the noise on the plan, as a share of half the action's range."""
-    beta: float = 0.7
-    """mppi, β: the share of new noise in each step's; below 1 a sequence's noise is smooth in time."""
-    kappa: float = 1.0
-    """mppi: how much more a better return weighs, exp(kappa · return). PDDM calls it γ in print, kappa in its code."""
-    dynamics: Literal["learned", "true"] = "learned"
-    """true: plan in the task's own equations of motion, where this file has them. Nothing is learned then."""
-    learn_reward: bool = False
-    """Learn reward and termination with the model, also where TASKS knows them."""
-    random_steps: int = 200
-    """The size of D_RAND: so many steps of uniformly random actions come first."""
-    refit_every: int = 200
-    """Fit the model again every this many real steps."""
-    epochs: int = 30
-    """Passes over D_RAND in each fit; D_RL is drawn beside it."""
-    batch_size: int = 64
-    """Rows in a minibatch."""
-    new_fraction: float = 0.9
-    """The share of a minibatch that is drawn from D_RL, once there is one; the rest is D_RAND."""
-    learning_rate: float = 1e-3
-    """Adam's step size."""
-    layers: int = 1
-    """Hidden layers of the model."""
-    hidden: int = 200
-    """Units in each."""
-    data_noise: float = 0.01
-    """Standard deviation of the noise on the model's normalised inputs and targets."""
-    refit_normalizer: bool = True
-    """Take means and deviations of all data at each fit; else of D_RAND alone, once, as the official code does."""
-    seed: int = 1
-    """Fixes Python, NumPy, torch and the environment: the same seed on one CPU gives the same run."""
-    device: str = "auto"
-    """auto, cpu or cuda[:index]."""
-    compile: bool = False
-    """torch.compile for one imagined step, the planner's hot path: speed may change, results only by rounding."""
-    log_every: int = 100
-    """Write planned returns, losses and timings every this many steps (returns are written at each episode's end)."""
-    eval_every: int = 1_000
-    """Let the planner play in an environment of its own every this many steps; 0: only at the end."""
-    eval_episodes: int = 5
-    """Episodes for each of those evaluations."""
-    eval_max_steps: int = 1_000
-    """Cut an evaluation episode here."""
-    picture_every: int = 200
-    """Draw plans beside what happened at the end of an episode when this many steps have passed, 20 times at most and
-    at the end; 0: no picture."""
-    capture_video: bool = False
-    """Record the first episode of each evaluation as a GIF in the run folder."""
-    run_dir: Optional[str] = None
-    """Where to write; by default runs/<env>__<algorithm>__<seed>__<time>."""
-    checkpoint_every: int = 10_000
-    """Save a checkpoint every this many steps, at the end of the episode (or once it is as late again); 0: only at
-    the end of the run, and when it is stopped."""
-    resume: Optional[str] = None
-    """Go on with the run in this folder, with its settings. --total-timesteps may be raised: the episode that the
-    first end cut is then left, and a new one begun."""
-    evaluate: Optional[str] = None
-    """Do not train: let the planner play with the model saved in this run folder."""
-    episodes: int = 10
-    """Episodes to play with --evaluate."""
-    progress: bool = True
-    """Show a progress bar (never when the output is no terminal)."""
+class Args:  # tyro turns each field into a flag and each comment into its help
+    env_id: str = "Pendulum-v1"  # any environment with vector observations and bounded continuous actions
+    total_timesteps: int = 2_000  # environment steps, including the random ones
+    candidates: int = 4_000  # K: random action sequences per environment step
+    horizon: int = 15  # H: length of an action sequence
+    random_steps: int = 200  # steps of random actions before the first training: D_RAND
+    refit_every: int = 200  # environment steps between trainings of the model
+    epochs: int = 30  # passes over D_RAND per training
+    batch_size: int = 64  # transitions per minibatch
+    new_fraction: float = 0.9  # share of D_RL in a minibatch
+    data_noise: float = 0.01  # std of the noise on the normalised inputs and targets of the training
+    learning_rate: float = 1e-3  # Adam's step size
+    layers: int = 1  # hidden layers of the network
+    hidden: int = 200  # units per hidden layer
+    seed: int = 1  # on one CPU, two runs with the same seed are identical
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
+    eval_every: int = 1_000  # steps between evaluations (at the end of an episode, like all that follow)
+    picture_every: int = 400  # steps between pictures of predicted and real trajectories
+    checkpoint_every: int = 1_000  # steps between checkpoints; one is also written about every minute
+    episodes: int = 10  # episodes per evaluation
+    capture_video: bool = False  # save the first episode of each evaluation as a GIF
+    run_dir: Optional[str] = None  # output folder; runs/<env>__<algorithm>__<seed>__<time> by default
+    resume: Optional[str] = None  # continue the run in this folder with its own settings
+    evaluate: Optional[str] = None  # do not train: play with the agent of this run folder
+
+    def __post_init__(self):
+        """tyro reports a ValueError raised here as one sentence and exits with code 2."""
+        may_be_zero = ("seed", "data_noise", "new_fraction")
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in may_be_zero)):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be a positive number")
+        if round(self.new_fraction * self.batch_size) >= self.batch_size:
+            raise ValueError(f"--new-fraction {self.new_fraction} leaves no room for D_RAND in a minibatch")
 
 
 PRESETS = {
-    "pendulum": (
-        "Pendulum-v1: learns to swing up and hold in 2,000 steps",
-        Args(),
-    ),
-    "cartpole": (
-        "the swing-up of PETS: a cart with a pole that hangs, a force on the cart",
-        Args(
-            env_id="CartPoleSwingUp-v0", total_timesteps=2_000, planner="mppi", candidates=200, horizon=20,
-            sigma=0.7, kappa=20.0, layers=2, eval_every=500,
-        ),
-    ),
-    "reacher": (
-        "Reacher-v5: a two-link arm to a random target",
-        Args(
-            env_id="Reacher-v5", total_timesteps=3_000, planner="mppi", candidates=500, sigma=0.3, kappa=30.0, layers=2,
-            random_steps=500, refit_every=500, eval_episodes=20,
-        ),
-    ),
-    "swimmer": (
-        "Swimmer-v5 at the paper's sizes: K = 5,000, H = 20",
-        Args(
-            env_id="Swimmer-v5", total_timesteps=50_000, candidates=5_000, horizon=20, layers=1, hidden=500,
-            random_steps=8_000, refit_every=3_000, batch_size=512, refit_normalizer=False,
-            log_every=1_000, eval_every=10_000, eval_episodes=3, picture_every=3_000,
-        ),
-    ),
-    "halfcheetah": (
-        "HalfCheetah-v5 at the paper's settings: K = 1,000, H = 20, D_RAND of 10 rollouts",
-        Args(
-            env_id="HalfCheetah-v5", total_timesteps=73_000, candidates=1_000, horizon=20, layers=1, hidden=500,
-            random_steps=10_000, refit_every=9_000, epochs=60, batch_size=512, refit_normalizer=False,
-            log_every=1_000, eval_every=9_000, eval_episodes=3, picture_every=3_000,
-        ),
-    ),
+    "pendulum": ("Pendulum-v1: swing up and balance within 2,000 steps", Args()),
+    "halfcheetah": ("HalfCheetah-v5 at the paper's sizes: for a GPU", Args(
+        "HalfCheetah-v5", 73_000, candidates=1_000, horizon=20, random_steps=10_000, refit_every=9_000, epochs=60,
+        batch_size=512, layers=2, hidden=500, eval_every=9_000, picture_every=9_000, episodes=3)),
 }  # fmt: skip
 
 
 # ── The algorithm ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-Predict = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # s, a → s', r, ended
 
+class Network(nn.Module):
+    """f̂_θ: predicts the change of the state; inputs and outputs are normalised. Where the task's reward is unknown,
+    the reward is one more coordinate, and the last output is the log-odds that the episode ends."""
 
-class DynamicsModel(nn.Module):
-    """f̂_θ(s, a): the change of the state; with `heads` also the reward, and the log-odds that the episode ends.
-
-    The first `unread` coordinates of a state are predicted but not read: where the body stands does not matter to how
-    it moves, and HalfCheetah at x = 50 should not be a state never seen.
-    """
-
-    def __init__(self, state_size: int, action_size: int, layers: int, hidden: int, unread: int, heads: bool):
+    def __init__(self, state_size: int, action_size: int, learn_reward: bool, args: Args):
         super().__init__()
-        self.unread, self.heads = unread, heads
-        self.input_size, self.target_size = state_size - unread + action_size, state_size + heads
-        sizes = [self.input_size, *[hidden] * layers]
-        self.net = nn.Sequential()
-        for m, n in itertools.pairwise(sizes):
-            self.net.extend([nn.Linear(m, n), nn.ReLU()])
-        self.net.append(nn.Linear(sizes[-1], self.target_size + heads))
-        for layer in self.net[::2]:
+        self.learn_reward, self.size = learn_reward, state_size + learn_reward
+        widths = [state_size + action_size, *[args.hidden] * args.layers, self.size + learn_reward]
+        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
+        for layer in self.layers:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
-        for name, size in (("input", self.input_size), ("target", self.target_size)):
+        for name, size in (("input", widths[0]), ("target", self.size)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
-        self.register_buffer("target_scale", torch.ones(self.target_size))
 
-    def inputs(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return torch.cat([s[..., self.unread :], a], -1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised inputs [N, D + A] → normalised targets [N, ·], log-odds of an end [N]."""
+        for i, layer in enumerate(self.layers):
+            x = layer(F.relu(x, inplace=True) if i else x)
+        return x[..., : self.size], x[..., -1]
 
-    def targets(self, data: "Transitions") -> torch.Tensor:
-        # Section IV-A: not s_{t+1}, which hardly differs from s_t, but the change s_{t+1} − s_t
-        change = data.next_obs - data.obs
-        return torch.cat([change, data.reward[..., None]], -1) if self.heads else change
+    def targets(self, data: "Transitions") -> Tensor:
+        # Section IV-A: the change s_{t+1} − s_t, because s_{t+1} itself hardly differs from s_t
+        return torch.cat([data.s2 - data.s, data.r], -1) if self.learn_reward else data.s2 - data.s
 
-    def set_normalizer(self, data: "Transitions") -> None:
-        """Means and deviations; to divide by, what is constant in the data has the deviation 1."""
-        for name, x in (("input", self.inputs(data.obs, data.action)), ("target", self.targets(data))):
-            std = x.std(0, correction=0)
-            getattr(self, f"{name}_mean").copy_(x.mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1.0))
-        # The goal of a reacher is part of its state and never moves: no error of the network may let it drift.
-        self.target_scale.copy_(torch.where(std > 1e-6, std, 0.0))
-        if self.heads:
-            self.target_scale[-1] = self.target_std[-1]  # a reward that has not changed yet may
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From normalised inputs to normalised targets (and the log-odds)."""
-        return self.net(x)
-
-    def predict(self, s: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor], Any]:
-        output = self((self.inputs(s, a) - self.input_mean) / self.input_std)
-        y = output[..., : self.target_size] * self.target_scale + self.target_mean
-        # Section IV-A: ŝ_{t+1} = ŝ_t + f̂_θ(ŝ_t, a_t)
-        if not self.heads:
-            return s + y, None, None
-        return s + y[..., :-1], y[..., -1], output[..., -1] > 0
+    def normalised(self, data: "Transitions") -> tuple[Tensor, Tensor]:
+        x = (torch.cat([data.s, data.a], -1) - self.input_mean) / self.input_std
+        return x, (self.targets(data) - self.target_mean) / self.target_std.clamp(min=1e-6)
 
 
-def model_loss(model: DynamicsModel, x: torch.Tensor, y: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
-    """x, y normalised [B, ·], ended [B] of 0 and 1: a scalar."""
-    output = model(x)
+def network_loss(model: Network, x: Tensor, y: Tensor, terminated: Tensor) -> Tensor:
+    """Normalised inputs x [N, D + A] and targets y [N, ·], terminated [N, 1]."""
+    output, logit = model(x)
     # Eq. 2: E(θ) = 1/|D| Σ ½ ‖(s_{t+1} − s_t) − f̂_θ(s_t, a_t)‖²
-    loss = 0.5 * (y - output[:, : model.target_size]).square().sum(-1).mean()
-    if model.heads:  # the reward is one more coordinate of y
-        loss = loss + F.binary_cross_entropy_with_logits(output[:, -1], ended)
+    loss = 0.5 * (y - output).square().sum(-1).mean()
+    if model.learn_reward:
+        loss = loss + F.binary_cross_entropy_with_logits(logit, terminated[..., 0])
     return loss
 
 
-def minibatches(random_rows: int, rows: int, batch_size: int, new_fraction: float) -> Iterator[np.ndarray]:
-    """One epoch: walk once over D_RAND, rows 0 to random_rows − 1, and draw the rest of each batch from D_RL."""
-    new = min(round(batch_size * new_fraction), rows - random_rows)  # a few new rows do not fill the batch
-    old = min(batch_size - new, random_rows)
-    for chunk in np.random.permutation(random_rows)[: random_rows // old * old].reshape(-1, old):
-        yield np.concatenate([chunk, np.random.choice(np.arange(random_rows, rows), new)])
+def minibatches(rows: int, args: Args) -> Iterator[Tensor]:
+    """The rows of each minibatch of one epoch, which passes once over D_RAND and samples the rest from D_RL."""
+    new = min(round(args.new_fraction * args.batch_size), rows - args.random_steps)  # at first D_RL is small
+    old = min(args.batch_size - new, args.random_steps)
+    for chunk in torch.randperm(args.random_steps)[: args.random_steps // old * old].split(old):
+        yield torch.cat([chunk, torch.randint(args.random_steps, max(rows, args.random_steps + 1), (new,))])
 
 
-def fit(
-    model: DynamicsModel, optimizer: torch.optim.Optimizer, replay: "ReplayBuffer", args: Args, log: "RunLog",
-    cut: Callable[[], bool],
-) -> bool:  # fmt: skip
-    """Step (5). False where it was cut short."""
-    data = replay.rows(np.arange(replay.size))
-    if args.refit_normalizer or not optimizer.state:  # the first fit: all that there is is D_RAND
-        model.set_normalizer(data)
-    x = (model.inputs(data.obs, data.action) - model.input_mean) / model.input_std
-    y = (model.targets(data) - model.target_mean) / model.target_std
+def fit(model: Network, optimizer: torch.optim.Optimizer, data: "Transitions", args: Args) -> float:
+    """Step (5). Returns the mean loss."""
+    std, mean = torch.std_mean(torch.cat([data.s, data.a], 1), 0, correction=0)
+    model.input_mean.copy_(mean)
+    model.input_std.copy_(torch.where(std > 1e-6, std, 1.0))
+    std, mean = torch.std_mean(model.targets(data), 0, correction=0)
+    model.target_mean.copy_(mean)
+    model.target_std.copy_(std)  # 0 for what never changes, such as a goal: no error of the network may move it
+    (x, y), losses = model.normalised(data), []
     for _ in range(args.epochs):
-        if cut():
-            return False
-        for rows in minibatches(args.random_steps, replay.size, args.batch_size, args.new_fraction):
-            index = torch.from_numpy(rows).to(x.device)
-            noisy_x, noisy_y = (v[index] + args.data_noise * torch.randn_like(v[index]) for v in (x, y))
-            loss = model_loss(model, noisy_x, noisy_y, data.terminated[index].float())
+        for batch in minibatches(len(x), args):
+            # Section IV-B: Gaussian noise on inputs and targets
+            noisy_x, noisy_y = (v[batch] + args.data_noise * torch.randn_like(v[batch]) for v in (x, y))
+            loss = network_loss(model, noisy_x, noisy_y, data.terminated[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            log.mean("losses/model", loss)
-    return True
+            losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
 
 
-def predictor(args: Args, model: Optional[DynamicsModel]) -> Predict:
-    """What the planner takes for the world: next state, reward and end, from the model, the table, or both."""
-    task = TASKS.get(args.env_id)
+class Agent(nn.Module):
+    """Steps (2) and (3): the planner. It keeps nothing from one step to the next."""
 
-    def predict(s: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if model is None:
-            s2 = task.dynamics(s, a)
-        else:
-            s2, r, ended = model.predict(s, a)
-            if model.heads:
-                return s2, r, ended
-        return s2, task.reward(s, a, s2), task.ended(s2)
+    player = "planner"
 
-    return predict
+    def __init__(self, env: gym.Env, args: Args):
+        super().__init__()
+        self.args, self.reward = args, REWARDS.get(args.env_id)
+        self.model = Network(*env.observation_space.shape, *env.action_space.shape, self.reward is None, args)
+        self.to(args.device)
+        self.low = torch.as_tensor(env.action_space.low, dtype=torch.float32, device=args.device)
+        self.high = torch.as_tensor(env.action_space.high, dtype=torch.float32, device=args.device)
 
+    def reset(self) -> None:
+        pass
 
-@torch.inference_mode()
-def imagine(predict: Predict, s: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """s [K, D], actions [K, H, A]: the states [K, H, D] they are believed to lead to, and the returns [K]."""
-    states, returns = [], torch.zeros(len(s), device=s.device)
-    alive = torch.ones(len(s), dtype=torch.bool, device=s.device)
-    for a in actions.unbind(1):  # all candidates in one product a step
-        s, r, ended = predict(s, a)
-        # Eq. 4: Σ_{t'=t}^{t+H−1} r(ŝ_t', a_t'), up to a terminal state
-        returns = returns + torch.where(alive, r, 0.0)
-        alive = alive & ~ended
-        states.append(s)
-    return torch.stack(states, 1), returns
+    def predict(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Next state, reward and end of rows [N, ·]."""
+        y, logit = self.model((torch.cat([s, a], -1) - self.model.input_mean) / self.model.input_std)
+        change = y * self.model.target_std + self.model.target_mean
+        # Section IV-A: ŝ_{t+1} = ŝ_t + f̂_θ(ŝ_t, a_t)
+        s2 = s + change[..., : s.shape[-1]]
+        if self.reward:
+            return s2, self.reward(s, a, s2), torch.zeros_like(logit, dtype=torch.bool)
+        return s2, change[..., -1], logit > 0
 
+    @torch.inference_mode()
+    def imagine(self, s: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """s [N, D], actions [N, H, A] → states [N, H, D] and returns [N], counted up to a terminal state."""
+        states, returns, alive = [], torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
+        for a in actions.unbind(1):
+            s, r, terminated = self.predict(s, a)
+            returns, alive = returns + alive * r, alive * ~terminated
+            states.append(s)
+        return torch.stack(states, 1), returns
 
-WORST = -1e30  # instead of −∞, whose differences are no numbers
-
-
-def trusted(returns: torch.Tensor) -> torch.Tensor:
-    """A model far from its data may overflow: what is no finite number is the worst of all."""
-    return torch.where(returns.isfinite(), returns, WORST)
-
-
-def uniform_sequences(low: torch.Tensor, high: torch.Tensor, candidates: int, horizon: int) -> torch.Tensor:
-    return low + (high - low) * torch.rand(candidates, horizon, len(low), device=low.device)  # [K, H, A]
-
-
-def filtered_noise(noise: torch.Tensor, beta: float) -> torch.Tensor:
-    """[K, H, A], smooth in time."""
-    smooth, last = [], torch.zeros_like(noise[:, 0])
-    for u in noise.unbind(1):
-        # PDDM, section 3.2: n_t = β u_t + (1 − β) n_{t−1}, with n_{−1} = 0
-        last = beta * u + (1 - beta) * last
-        smooth.append(last)
-    return torch.stack(smooth, 1)
+    def forward(self, obs: np.ndarray) -> np.ndarray:
+        args, s = self.args, torch.as_tensor(obs, dtype=torch.float32, device=self.low.device)
+        noise = torch.rand(args.candidates, args.horizon, len(self.low), device=s.device)
+        actions = torch.lerp(self.low, self.high, noise)
+        # Eq. 4: A_t^(H) = argmax Σ_{t'=t}^{t+H−1} r(ŝ_{t'}, a_{t'})
+        _, returns = self.imagine(s.expand(args.candidates, -1), actions)
+        # A model may overflow far from its data: such a candidate is the worst of all.
+        best = returns.nan_to_num(-1e30, -1e30, -1e30).argmax()
+        return actions[best, 0].cpu().numpy()
 
 
-def reward_weighted_mean(actions: torch.Tensor, returns: torch.Tensor, kappa: float) -> torch.Tensor:
-    # PDDM, section 3.2: μ_t = Σ_k e^{κ R_k} a_t^k / Σ_j e^{κ R_j}
-    weights = torch.softmax(kappa * returns, 0)
-    return torch.einsum("k,kha->ha", weights, actions)
-
-
-class MPC:
-    """Step (2), anew in every state. mppi remembers its plan: a controller is made for one episode."""
-
-    def __init__(self, predict: Predict, action_space: gym.spaces.Box, args: Args, device: torch.device):
-        self.predict, self.args, self.device = predict, args, device
-        self.low, self.high = (torch.as_tensor(x, dtype=torch.float32, device=device)
-                               for x in (action_space.low, action_space.high))  # fmt: skip
-        self.mean = ((self.low + self.high) / 2).repeat(args.horizon, 1)  # [H, A]
-
-    def plan(self, obs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The plan [H, A], and the best return that was imagined."""
-        args = self.args
-        s = torch.as_tensor(obs, dtype=torch.float32, device=self.device).expand(args.candidates, -1)
-        if args.planner == "random":
-            actions = uniform_sequences(self.low, self.high, args.candidates, args.horizon)
-            returns = trusted(imagine(self.predict, s, actions)[1])
-            # Eq. 4: A_t^(H) = argmax Σ r
-            return actions[returns.argmax()].clone(), returns.max()  # a view would keep all K alive
-        scale = args.sigma * (self.high - self.low) / 2
-        noise = filtered_noise(scale * torch.randn(args.candidates, *self.mean.shape, device=self.device), args.beta)
-        actions = torch.clamp(self.mean + noise, self.low, self.high)
-        returns = trusted(imagine(self.predict, s, actions)[1])
-        plan = torch.clamp(reward_weighted_mean(actions, returns, args.kappa), self.low, self.high)  # for rounding
-        self.mean = torch.cat([plan[1:], plan[-1:]])  # the next step's plan starts where this one goes on
-        return plan, returns.max()
-
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        return self.plan(obs)[0][0].cpu().numpy()
-
-
-# ── What the model believes: measured, and drawn ──────────────────────────────────────────────────────────────────
-
-
-def windows(replay: "ReplayBuffer", first: int, length: int, at_most: int = 200) -> Optional["Transitions"]:
-    """Sequences [B, T, ...] of the rows from `first` on, each inside one episode; or None. For a replay that has not
-    yet come round."""
-    over = replay.data.terminated[first : replay.size] | replay.data.truncated[first : replay.size]
-    ends_before = np.concatenate([[0], np.cumsum(over)])
-    starts = np.arange(max(len(over) - length + 1, 0))
-    starts = starts[ends_before[starts + length - 1] == ends_before[starts]]
-    if len(starts) == 0:
-        return None
-    starts = starts[:: -(-len(starts) // at_most)]
-    return replay.rows(first + starts[:, None] + np.arange(length))
-
-
-def open_loop_errors(predict: Predict, sequences: "Transitions", scale: torch.Tensor) -> torch.Tensor:
-    """[H]: start where real sequences start, take their actions in the model, never look: how wrong after h steps."""
-    states, _ = imagine(predict, sequences.obs[:, 0], sequences.action)
-    # Eq. 3: E_val^(H) = 1/|D_val| Σ 1/H Σ_{h=1}^H ½ ‖s_{t+h} − ŝ_{t+h}‖²; here the terms of Σ_h, each ŝ in deviations
-    return 0.5 * ((states - sequences.next_obs) / scale).square().sum(-1).mean(0)
-
-
-def state_scale(replay: "ReplayBuffer") -> torch.Tensor:
-    std = replay.rows(np.arange(replay.size)).obs.std(0, correction=0)
-    return torch.where(std > 1e-6, std, 1.0)
+# ── What the model believes ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.inference_mode()
-def heldout_metrics(predict: Predict, model: DynamicsModel, replay: "ReplayBuffer", first: int) -> dict[str, float]:
-    """On the rows from `first` on, which the model has not been fitted to."""
-    data = replay.rows(np.arange(first, replay.size))
-    x = (model.inputs(data.obs, data.action) - model.input_mean) / model.input_std
-    y = (model.targets(data) - model.target_mean) / model.target_std
-    metrics = {"model/heldout_loss": model_loss(model, x, y, data.terminated.float()).item()}
-    for horizon in (1, 5, 10, 50):
-        if sequences := windows(replay, first, horizon):
-            errors = open_loop_errors(predict, sequences, state_scale(replay))
-            metrics[f"model/open_loop_error_{horizon}"] = errors.mean().item()
-    return {tag: value for tag, value in metrics.items() if math.isfinite(value)}  # a young model may overflow
+def heldout_metrics(agent: Agent, replay: "Replay", first: int) -> dict[str, float]:
+    """On the rows from `first` on, which the model has not been trained on yet; states in units of their std."""
+    data, scale = replay.rows(slice(first, None)), replay.rows().s.std(0).clamp(min=1e-6)
+    metrics = {"model/heldout_loss": network_loss(agent.model, *agent.model.normalised(data), data.terminated).item()}
+    for h in (1, 5, 20):  # start in a real state and take the actions that were taken there, without looking
+        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()[:200]
+        if len(starts):
+            rows = starts[:, None] + torch.arange(h, device=starts.device)
+            states, _ = agent.imagine(data.s[starts], data.a[rows])
+            # Eq. 3: E_val^(H) = 1/|D_val| Σ 1/H Σ_{h=1}^H ½ ‖s_{t+h} − ŝ_{t+h}‖²
+            errors = 0.5 * ((states - data.s2[rows]) / scale).square().sum(-1)
+            metrics[f"model/open_loop_error_{h}"] = errors.mean().item()
+    return metrics
 
 
-def draw_plans(
-    states: np.ndarray, begin: int, plans: dict[int, np.ndarray], errors: Optional[np.ndarray], unread: int, title: str
-) -> np.ndarray:
-    """The picture: left, what happened in an episode [T, D] from step `begin` on and what was planned at some of its
-    steps [H, D]; right, how fast the model loses its way."""
-    shown = range(unread, min(states.shape[1], unread + 4))
-    figure = Figure(figsize=(9, 4.2), dpi=80)
-    figure.suptitle(title, fontsize=11)
-    for row, i in enumerate(shown):
-        height = 0.76 / len(shown)
-        axes = figure.add_axes((0.08, 0.88 - (row + 1) * height, 0.52, height * 0.9))
-        axes.plot(np.arange(begin, begin + len(states)), states[:, i], color="black", linewidth=1.2)
-        for t, planned in plans.items():
-            axes.plot(np.arange(t, t + len(planned)), planned[:, i], color="tab:orange", linewidth=1)
-        low, high = states[:, i].min(), states[:, i].max()
-        margin = 0.3 * (high - low) + 1e-3  # a plan that leaves the picture is still a plan
-        axes.set(ylabel=f"s[{i}]", ylim=(low - margin, high + margin), xlim=(begin, begin + len(states)))
-        axes.tick_params(labelsize=7, labelbottom=row == len(shown) - 1)
-    axes.set(xlabel="step of the episode")
-    figure.legend(axes.lines[:2], ["happened", "planned"][: len(axes.lines)], fontsize=8, ncols=2, loc="upper left")
-    axes = figure.add_axes((0.73, 0.12, 0.25, 0.76))
-    axes.set(xlabel="steps without looking, h", ylabel="½ ‖s − ŝ‖², in deviations")
-    if errors is not None:
-        axes.semilogy(np.arange(1, len(errors) + 1), np.clip(errors, 1e-12, 1e12), color="tab:blue")
-    return figure_to_array(figure)
+@torch.inference_mode()
+def draw_predictions(agent: Agent, replay: "Replay") -> Figure:
+    """The last episode (black), and predictions for its actions (orange), each from the real state at a dot."""
+    data, horizon = replay.rows(), agent.args.horizon
+    s, a = (column[data.episode[:, 0] == data.episode[-1]][:100] for column in (data.s, data.a))
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    for i, axes in enumerate(figure.subplots(min(4, s.shape[1]), sharex=True, squeeze=False)[:, 0]):
+        axes.plot(s[:, i].cpu(), color="black", linewidth=3)
+        for t in range(0, len(s), horizon):
+            states, _ = agent.imagine(s[t : t + 1], a[None, t : t + horizon])
+            predicted = torch.cat([s[t : t + 1], states[0]])[:, i].cpu()
+            axes.plot(range(t, t + len(predicted)), predicted, "o-", color="tab:orange", markevery=[0])
+        margin = 0.3 * (s[:, i].max() - s[:, i].min()).item() + 1e-3
+        axes.set(ylabel=f"s[{i}]", ylim=(s[:, i].min().item() - margin, s[:, i].max().item() + margin))
+    axes.set_xlabel("step of the episode")
+    labels = ["what happened", f"predicted from the state at the dot, {horizon} steps without looking"]
+    figure.legend(axes.lines[:2], labels, loc="outside lower center", ncols=2)
+    figure.suptitle(f"step {replay.size:,}: the last episode and the model's predictions for its actions")
+    return figure
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_settings(args: Args) -> None:
-    """Every wrong setting that can be seen before training starts, as one sentence."""
-    check_run_settings(args)
-    for least, names in (
-        (1, ("candidates", "horizon", "random_steps", "refit_every", "epochs", "batch_size", "layers", "hidden")),
-        (0, ("sigma", "kappa", "data_noise")),
-    ):
-        for name in names:
-            if getattr(args, name) < least:
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
-    if not 0 < args.beta <= 1 or args.learning_rate <= 0:
-        stop("--beta must lie in (0, 1], --learning-rate be above 0")
-    if not 0 <= args.new_fraction < 1 or round(args.batch_size * args.new_fraction) == args.batch_size:
-        stop("--new-fraction must leave room for D_RAND: at least one row of each minibatch")
-    if args.dynamics == "true":
-        known = [name for name, task in TASKS.items() if task.dynamics]
-        if args.env_id not in known:
-            stop(f"--dynamics true: this file has the equations of {', '.join(known)}, not those of {args.env_id}")
-        if args.learn_reward:
-            stop("--dynamics true learns nothing: leave out --learn-reward")
+def train(args: Args) -> None:
+    torch.manual_seed(args.seed)
+    env, test_env = make_env(args), make_env(args)
+    agent, replay = Agent(env, args), Replay(args.total_timesteps, env, args.device)
+    optimizer = torch.optim.Adam(agent.model.parameters(), args.learning_rate, fused=True)
+    run = Run(args, agent=agent, optimizer=optimizer, replay=replay)
 
-
-def make_model(args: Args, env: gym.Env) -> Optional[DynamicsModel]:
-    if args.dynamics == "true":
-        return None
-    unread = TASKS[args.env_id].unread if args.env_id in TASKS else 0
-    heads = args.learn_reward or args.env_id not in TASKS
-    (state_size,), (action_size,) = env.observation_space.shape, env.action_space.shape
-    return DynamicsModel(state_size, action_size, args.layers, args.hidden, unread, heads)
-
-
-def planner_maker(args: Args, env: gym.Env, predict: Predict, device: torch.device) -> Callable[[], MPC]:
-    """Only the planner's own calls are compiled: all of them have one shape."""
-    return functools.partial(MPC, torch.compile(predict) if args.compile else predict, env.action_space, args, device)
-
-
-def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Callable[[Any], Any]]:
-    """For --evaluate: what makes the planner of a checkpoint, anew for each episode."""
-    device, model = pick_device(args.device), make_model(args, env)
-    if model:
-        model.load_state_dict(checkpoint["learned"])
-        model.to(device)
-    return planner_maker(args, env, predictor(args, model), device)
-
-
-def train(args: Args) -> Path:
-    device = pick_device(args.device)
-    print(f"device: {device}")
-    seed_everything(args.seed)
-    env, eval_env = make_task(args), make_task(args, render=args.capture_video)
-    env.action_space.seed(args.seed)
-    run_dir, checkpoint = open_run(args)
-
-    model = make_model(args, env)
-    if model:
-        optimizer = torch.optim.Adam(model.to(device).parameters(), args.learning_rate, fused=True)
-    # Room for all of D, and one row more: a full buffer would begin to forget when the run is lengthened.
-    replay = ReplayBuffer(args.total_timesteps + 1, env.observation_space, env.action_space, device)
-    step, fitted_at = 0, 0
-    if checkpoint:
-        step, fitted_at = checkpoint["step"], checkpoint["fitted_at"]
-        if model:
-            model.load_state_dict(checkpoint["learned"])
-            optimizer.load_state_dict(checkpoint["optimisers"]["model"])
-        replay.load_state_dict(checkpoint["replay"])
-        set_env_state(env, checkpoint["env"])
-        set_random_states(checkpoint["random"])
-    predict = predictor(args, model)
-    new_policy = planner_maker(args, env, predict, device)
-    if model and args.total_timesteps < args.random_steps:
-        print(f"nothing will be learned: the first {args.random_steps:,} steps are random (--random-steps)")
-    log = RunLog(args, run_dir, checkpoint)
-
-    # These three look at the variables of the loop as they are when they are called.
-    def save() -> None:
-        save_checkpoint(
-            run_dir, step=step, fitted_at=fitted_at, learned=model.state_dict() if model else {},
-            optimisers={"model": optimizer.state_dict()} if model else {}, replay=replay.state_dict(),
-            env=env_state(env), log=log.state_dict(),
-        )  # fmt: skip
-        log.lap("log")
-
-    def test() -> None:
-        set_env_state(eval_env, env_state(env), generators=False)
-        log.evaluation(step, new_policy, eval_env)
-
-    def draw() -> None:
-        begin = min(planned, default=0)  # planning may have begun inside this episode
-        happened = replay.rows(np.arange(step - episode_length + begin, step)[:200]).obs.cpu().numpy()
-        recent = fitted_at or max(step - 1_000, 0)  # the rows since the last fit
-        sequences = windows(replay, recent, 50) or windows(replay, recent, 10)
-        errors = open_loop_errors(predict, sequences, state_scale(replay)).cpu().numpy() if sequences else None
-        title = f"{args.env_id}, {args.planner}: step {step:,}, return {episode_return:.1f}"
-        unread = model.unread if model else 0
-        log.picture(step, draw_plans(happened, begin, planned, errors, unread, title))
-
-    obs = np.array(env.reset(seed=None if checkpoint else args.seed)[0])  # copied: some environments reuse theirs
-    policy, planned, episode_return, episode_length = new_policy(), {}, 0.0, 0
-    with StopSignal() as stop_signal:
-        while step < args.total_timesteps:
-            # (1) at first act at random
-            if model and fitted_at == 0:
-                a = env.action_space.sample()
+    while run.unfinished():
+        obs, info = env.reset(seed=run.begin_episode())
+        agent.reset()
+        over = False
+        while not over and run.step < args.total_timesteps:
+            if run.step < args.random_steps:
+                # (1) act at random and collect D_RAND
+                a = torch.lerp(agent.low, agent.high, torch.rand_like(agent.low)).cpu().numpy()
             else:
-                # (2) the action sequence of the best imagined return
-                plan, best = policy.plan(obs)
-                if args.picture_every and len(planned) * args.horizon < 200 and episode_length % args.horizon == 0:
-                    s = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]
-                    planned[episode_length] = torch.cat([s, imagine(predict, s, plan[None])[0][0]]).cpu().numpy()
-                # (3) execute its first action
-                a = plan[0].cpu().numpy()
-                log.mean("model/planned_return", best)
-            log.lap("plan")
-
-            # (4) add (s_t, a_t, s_{t+1}) to D
-            next_obs, r, terminated, truncated, _ = env.step(a.copy())
-            step, r, over = step + 1, float(r), bool(terminated or truncated)
-            if not math.isfinite(r) or not np.isfinite(next_obs).all():
-                stop(f"{args.env_id} gave the reward {r} and {next_obs} at step {step:,}: nothing to learn from")
-            replay.add(obs, a, r, next_obs, terminated, truncated)
-            obs, episode_return, episode_length = np.array(next_obs), episode_return + r, episode_length + 1
-            log.lap("env")
-
-            log.bar.update()
-            if over:
-                log.episode(step, episode_return, episode_length)
-            last = step == args.total_timesteps and args.picture_every
-            if (over and log.due("picture", args.picture_every, step, at_most=20)) or last:
-                draw()  # before the model has learned from what is drawn
-            # (5) fit f̂_θ
-            if model and step >= args.random_steps and (fitted_at == 0 or step - fitted_at >= args.refit_every):
-                if fitted_at:
-                    log.scalars(step, heldout_metrics(predict, model, replay, fitted_at))
-                if fit(model, optimizer, replay, args, log, cut=lambda: stop_signal.to_stop(False)):
-                    log.lap("model")
-                    if fitted_at == 0:
-                        log.start_clock(step)
-                    fitted_at = step
-            if log.due("log", args.log_every, step):
-                log.flush(step)
-            if log.due("eval", args.eval_every, step) and step < args.total_timesteps:
-                test()
-            if log.due("checkpoint", args.checkpoint_every, step, wait_for=over):
-                save()
-            if stop_signal.to_stop(over):
-                break
-            if over and step < args.total_timesteps:
-                obs = np.array(env.reset()[0])
-                policy, planned, episode_return, episode_length = new_policy(), {}, 0.0, 0
-                log.lap("env")
-        save()
-    if stop_signal.number and step < args.total_timesteps:
-        log.stopped(step, stop_signal.number)
-    test()
-    log.finish(step)
-    return run_dir
+                # (2) find the action sequence with the best predicted return, (3) execute only its first action
+                a = agent(obs)
+            next_obs, r, terminated, truncated, info = env.step(a)
+            # (4) add the transition to D_RL
+            replay.add(obs, a, r, next_obs, terminated, run.episode_start)
+            obs, over = next_obs, terminated or truncated
+            run.count_step()
+            # (5) train the network on minibatches from D_RAND and D_RL
+            if run.step >= args.random_steps and (run.step - args.random_steps) % args.refit_every == 0:
+                if run.step > args.random_steps:
+                    for tag, value in heldout_metrics(agent, replay, run.step - args.refit_every).items():
+                        run.log(tag, value)
+                run.log("losses/model", fit(agent.model, optimizer, replay.rows(), args))
+        run.end_episode(info)
+        if run.due(args.picture_every):
+            with torch.random.fork_rng():
+                run.picture(draw_predictions(agent, replay))
+        if run.due(args.eval_every):
+            run.evaluate(agent, test_env)
+    run.close()
 
 
-# ── The tasks: what the planner knows of them ─────────────────────────────────────────────────────────────────────
+# ── The task: rewards as functions of batches, for tasks that never terminate; elsewhere both are learned ─────────
 
 
-def never(s: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(s.shape[:-1], dtype=torch.bool, device=s.device)
+def check_spaces(env: gym.Env) -> None:
+    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+            hint = " gymnasium.wrappers.FlattenObservation makes one." if name == "observations" else ""
+            raise UserError(f"the {name} of {env.spec.id} are {space}, and a vector of real numbers is needed.{hint}")
+    if not env.action_space.is_bounded():
+        raise UserError(f"the actions of {env.spec.id} are unbounded: use gymnasium.wrappers.TransformAction")
 
 
-class Task(NamedTuple):
-    """Rewards, ends and motion as functions of batches: s, s2 [..., D], a [..., A]."""
-
-    reward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    ended: Callable[[torch.Tensor], torch.Tensor] = never
-    dynamics: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None
-    unread: int = 0  # the first coordinates say where the body stands
-    settings: dict = {}  # for gym.make
-
-
-def pendulum_reward(s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
-    """s = (cos θ, sin θ, θ'), θ = 0 upright; of the state before the step, as Gymnasium has it."""
-    angle = torch.atan2(s[..., 1], s[..., 0])
+def pendulum_reward(s: Tensor, a: Tensor, s2: Tensor) -> Tensor:
+    angle = torch.atan2(s[..., 1], s[..., 0])  # s = (cos θ, sin θ, θ'), upright at θ = 0
     return -(angle.square() + 0.1 * s[..., 2].square() + 0.001 * a[..., 0].square())
 
 
-def pendulum_dynamics(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """θ'' = 3g/2l sin θ + 3/ml² u, with g = 10, m = l = 1; semi-implicit Euler of 0.05 s."""
-    speed = torch.clamp(s[..., 2] + (15 * s[..., 1] + 3 * a[..., 0]) * 0.05, -8, 8)
-    angle = torch.atan2(s[..., 1], s[..., 0]) + speed * 0.05
-    return torch.stack([torch.cos(angle), torch.sin(angle), speed], -1)
+REWARDS = {"Pendulum-v1": pendulum_reward}
 
 
-CART, POLE, LENGTH, INERTIA = 10.472, 5.019, 0.6, 0.1887  # kg, kg, m, kg m² about the pole's middle: PETS' bodies
-FRICTION, GRAVITY, FORCE = 1.0, 9.81, 100.0  # N s/m on the rail and N m s in the hinge, m/s², N for each unit of action
-RAIL = 2.5  # m to either side
+# ── Plumbing: the same in every file, nothing below is specific to the algorithm ──────────────────────────────────
 
 
-def cart_pole_derivative(s: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Of s = (x, x', θ, θ') under the force u, for a pole that hangs at θ = 0."""
-    _, v, angle, w = s.unbind(-1)
-    sin, cos, lever = torch.sin(angle), torch.cos(angle), POLE * LENGTH / 2
-    # Two laws, for the push on the whole and the turn about the hinge:  [M+m, m l cos; m l cos, I + m l²] [x''; θ''] =
-    push = u - FRICTION * v + lever * w**2 * sin
-    turn = -lever * GRAVITY * sin - FRICTION * w
-    mass, moment = CART + POLE, INERTIA + lever * LENGTH / 2
-    bottom = mass * moment - (lever * cos) ** 2
-    dv = (moment * push - lever * cos * turn) / bottom
-    dw = (mass * turn - lever * cos * push) / bottom
-    return torch.stack([v, dv, w, dw], -1)
+class UserError(Exception):
+    """A wrong setting, environment or folder: main() prints one sentence and exits with code 2."""
 
 
-def cart_pole_dynamics(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """s = (x, x', cos θ, sin θ, θ'), a in [−3, 3]: 0.04 s, one step of Runge and Kutta's fourth order."""
-    y = torch.stack([s[..., 0], s[..., 1], torch.atan2(s[..., 3], s[..., 2]), s[..., 4]], -1)
-    u, h = FORCE * a[..., 0], 0.04
-    k1 = cart_pole_derivative(y, u)
-    k2 = cart_pole_derivative(y + h / 2 * k1, u)
-    k3 = cart_pole_derivative(y + h / 2 * k2, u)
-    k4 = cart_pole_derivative(y + h * k3, u)
-    x, v, angle, w = (y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)).unbind(-1)
-    cos, sin, lever = torch.cos(angle), torch.sin(angle), POLE * LENGTH / 2
-    stopped = x.abs() > RAIL  # the cart does not bounce; the pole takes the blow
-    w = torch.where(stopped, w + v * lever * cos / (INERTIA + lever * LENGTH / 2), w)
-    return torch.stack([x.clamp(-RAIL, RAIL), torch.where(stopped, 0.0, v), cos, sin, w], -1)
-
-
-def cart_pole_reward(s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
-    """How near the pole's tip is to the point above the rail's middle, as in PETS: exp(−d² / 0.6²) − 0.01 a²."""
-    x, cos, sin = s2[..., 0], s2[..., 2], s2[..., 3]
-    squared = (x + LENGTH * sin) ** 2 + (LENGTH + LENGTH * cos) ** 2
-    return torch.exp(-squared / 0.36) - 0.01 * a[..., 0] ** 2
-
-
-def forward(cost: float, seconds: float, healthy: Callable[[torch.Tensor], torch.Tensor] = never) -> Callable:
-    """The stock reward of the bodies that run: mean speed in x, less the effort, and 1 while the body is healthy."""
-
-    def reward(s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
-        return (s2[..., 0] - s[..., 0]) / seconds - cost * a.square().sum(-1) + healthy(s2).float()
-
-    return reward
-
-
-def hopper_healthy(s: torch.Tensor) -> torch.Tensor:  # s = (x, height, angle, ...)
-    return (s[..., 1] > 0.7) & (s[..., 2].abs() < 0.2) & (s[..., 2:].abs() < 100).all(-1)
-
-
-def walker_healthy(s: torch.Tensor) -> torch.Tensor:
-    return (s[..., 1] > 0.8) & (s[..., 1] < 2.0) & (s[..., 2].abs() < 1.0)
-
-
-def fallen(s: torch.Tensor) -> torch.Tensor:  # InvertedPendulum-v5: s = (x, angle, x', angle')
-    return (s[..., 1].abs() > 0.2) | ~s.isfinite().all(-1)
-
-
-def reacher_reward(s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
-    return -torch.linalg.vector_norm(s2[..., 8:10], dim=-1) - a.square().sum(-1)
-
-
-def pusher_reward(s: torch.Tensor, a: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
-    tip, thing, goal = s2[..., 14:17], s2[..., 17:20], s2[..., 20:23]
-    near, far = (torch.linalg.vector_norm(thing - x, dim=-1) for x in (tip, goal))
-    return -0.5 * near - far - 0.1 * a.square().sum(-1)
-
-
-WITH_X = {"exclude_current_positions_from_observation": False}  # the reward is a function of s and s' only with x
-TASKS = {
-    "Pendulum-v1": Task(pendulum_reward, dynamics=pendulum_dynamics),
-    "CartPoleSwingUp-v0": Task(cart_pole_reward, dynamics=cart_pole_dynamics),
-    "InvertedPendulum-v5": Task(lambda s, a, s2: (~fallen(s2)).float(), fallen),
-    "Reacher-v5": Task(reacher_reward),
-    "Pusher-v5": Task(pusher_reward),
-    "HalfCheetah-v5": Task(forward(0.1, 0.05), unread=1, settings=WITH_X),
-    "Swimmer-v5": Task(forward(1e-4, 0.04), unread=2, settings=WITH_X),
-    "Hopper-v5": Task(forward(1e-3, 0.008, hopper_healthy), lambda s: ~hopper_healthy(s), unread=1, settings=WITH_X),
-    "Walker2d-v5": Task(forward(1e-3, 0.008, walker_healthy), lambda s: ~walker_healthy(s), unread=1, settings=WITH_X),
-}
-
-
-class CartPoleSwingUp(gym.Env):
-    """A cart on a rail, and a pole that hangs from it: swing it up and hold it there, by forces on the cart alone.
-    The task of PETS, with its bodies and its reward."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
-
-    def __init__(self, render_mode: Optional[str] = None):
-        self.render_mode = render_mode
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float64)
-        self.action_space = gym.spaces.Box(-3, 3, (1,), np.float32)
-
-    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
-        super().reset(seed=seed)
-        x, v, angle, w = self.np_random.normal(0, 0.1, 4)
-        self.state = np.array([x, v, np.cos(angle), np.sin(angle), w])
-        return self.state, {}
-
-    def step(self, action: np.ndarray):
-        s, a = torch.from_numpy(self.state), torch.as_tensor(action, dtype=torch.float64).clamp(-3, 3)
-        s2 = cart_pole_dynamics(s, a)
-        self.state = s2.numpy()
-        return self.state, float(cart_pole_reward(s, a, s2)), False, False, {}
-
-    def render(self) -> np.ndarray:
-        picture = Image.new("RGB", (400, 240), "white")
-        pen, (x, _, cos, sin, _) = ImageDraw.Draw(picture), self.state
-        column, row = 200 + 70 * x, 120
-        pen.line((200 - 70 * RAIL, row, 200 + 70 * RAIL, row), fill=(180, 180, 180), width=2)
-        pen.rectangle((column - 20, row - 10, column + 20, row + 10), fill=(70, 70, 70))
-        pen.line((column, row, column + 120 * LENGTH * sin, row + 120 * LENGTH * cos), fill=(220, 60, 60), width=6)
-        return np.asarray(picture)
-
-
-if "CartPoleSwingUp-v0" not in gym.registry:
-    gym.register("CartPoleSwingUp-v0", entry_point=CartPoleSwingUp, max_episode_steps=200)
-
-
-def make_task(args: Args, render: bool = False) -> gym.Env:
-    """The environment, checked to be one that this planner fits."""
-    env = make_env(args.env_id, render, **(TASKS[args.env_id].settings if args.env_id in TASKS else {}))
-    observations, actions = env.observation_space, env.action_space
-    if isinstance(actions, gym.spaces.Discrete):
-        stop(f"the actions of {args.env_id} are {actions} and this planner wants real numbers: dyna_q.py takes "
-             "Discrete actions, of tasks whose observations are Discrete too")  # fmt: skip
-    for name, space in (("actions", actions), ("observations", observations)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            stop(f"the planner needs {name} that are one vector of numbers, and those of {args.env_id} are {space}")
-    if not np.issubdtype(actions.dtype, np.floating):
-        stop(f"the actions of {args.env_id} are whole numbers ({actions}) and this planner wants real ones")
-    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
-        stop(f"the action box of {args.env_id} has no bounds ({actions}): there is nothing to draw uniformly from")
-    if observations.dtype not in (np.float32, np.float64):  # whole numbers have no differences to learn
-        env = gym.wrappers.DtypeObservation(env, np.float32)
-    return env
-
-
-# ── Plumbing: nothing below is particular to the algorithm ────────────────────────────────────────────────────────
-
-
-def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
-    if "" not in sys.path:
-        sys.path.append("")  # for module:Env-v0, a module in the folder where the user stands
-    if render:
-        kwargs["render_mode"] = "rgb_array"
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo would else end the process
+def make_env(args: Args) -> gym.Env:
+    sys.path.append("")  # module:Env-v0 finds a module in the current folder
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a screen
     try:
-        env = gym.make(env_id, disable_env_checker=True, **kwargs)
-        if render:  # what can't be drawn shows here, not after an hour of training
-            env.reset()
-            if not isinstance(env.render(), np.ndarray):
-                stop(f"{env_id} draws no rgb_array: leave out --capture-video")
-    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
-        stop(f"{env_id} needs a package that is not installed: {error}")
-    except Exception as error:  # whatever the environment's own code may raise
-        stop(f"{env_id!r} can't be made: {type(error).__name__}: {error}".replace("\n", " "))
-    return env
-
-
-def env_state(env: gym.Env) -> dict:
-    """What an environment carries from one episode to the next: its generators, and what it says itself."""
-    own = env.unwrapped.state_dict() if hasattr(env.unwrapped, "state_dict") else None
-    generators = [x.np_random.bit_generator.state for x in (env.unwrapped, env.action_space)]
-    return {"generators": generators, "own": own}
-
-
-def set_env_state(env: gym.Env, state: dict, generators: bool = True) -> None:
-    if generators:
-        for x, saved in zip((env.unwrapped, env.action_space), state["generators"], strict=True):
-            x.np_random.bit_generator.state = saved
-    if state["own"] is not None:
-        env.unwrapped.load_state_dict(state["own"])
-
-
-def arrays_to_tensors(tree: Any) -> Any:
-    """A checkpoint is read back as tensors and plain values only, so that no foreign code can hide in it."""
-    if isinstance(tree, dict):
-        return {key: arrays_to_tensors(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [arrays_to_tensors(value) for value in tree]
-    if isinstance(tree, tuple):
-        return tuple(arrays_to_tensors(value) for value in tree)
-    if isinstance(tree, np.generic):
-        return tree.item()
-    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+        env = gym.make(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    except (gym.error.Error, ImportError) as error:  # Gymnasium names the package to install
+        raise UserError(f"--env-id {args.env_id}: {error}") from None
+    check_spaces(env)
+    if env.spec.max_episode_steps is None:
+        print(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
+        env = gym.wrappers.TimeLimit(env, 1_000)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 class Transitions(NamedTuple):
-    """Columns of one length: [B, ...], or [B, T, ...] for sequences."""
-
-    obs: Any
-    action: Any
-    reward: Any
-    next_obs: Any
-    terminated: Any
-    truncated: Any
+    s: Tensor
+    a: Tensor
+    r: Tensor
+    s2: Tensor
+    terminated: Tensor  # 1 if s2 is a terminal state, 0 at a time limit
+    episode: Tensor  # the step at which the episode began
 
 
-class ReplayBuffer:
-    """The latest `capacity` transitions, in arrays made once. The end of an episode is in the row where it ended."""
+class Replay:
+    """All transitions as the rows of one matrix."""
 
-    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, device: str = "cpu"):
-        def column(shape: tuple, dtype: Any) -> np.ndarray:
-            return np.zeros((capacity, *shape), np.float32 if dtype == np.float64 else dtype)
+    def __init__(self, capacity: int, env: gym.Env, device: str):
+        (state_size,), (action_size,) = env.observation_space.shape, env.action_space.shape
+        self.widths = state_size, action_size, 1, state_size, 1, 1
+        self.size, self.data = 0, torch.zeros(capacity, sum(self.widths), device=device)
 
-        self.data = Transitions(
-            obs=column(observation_space.shape, observation_space.dtype),
-            action=column(action_space.shape, action_space.dtype),
-            reward=column((), np.float32),
-            next_obs=column(observation_space.shape, observation_space.dtype),
-            terminated=column((), bool),
-            truncated=column((), bool),
-        )
-        self.capacity, self.size, self.pointer, self.device = capacity, 0, 0, device
+    def add(self, *columns) -> None:
+        row = np.hstack(columns)
+        if not np.isfinite(row).all():
+            raise UserError("the environment returned NaN or infinity as an observation or reward")
+        self.data[self.size] = torch.from_numpy(row)
+        self.size += 1
 
-    def add(self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool) -> None:
-        for column, value in zip(self.data, (obs, action, reward, next_obs, terminated, truncated), strict=True):
-            column[self.pointer] = value
-        self.pointer = (self.pointer + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
-
-    def rows(self, index: np.ndarray) -> Transitions:
-        return Transitions(*(torch.from_numpy(column[index]).to(self.device) for column in self.data))
-
-    def sample(self, batch_size: int, length: Optional[int] = None) -> Optional[Transitions]:
-        """Rows at random [B, ...]; with `length`, sequences [B, T, ...] that stay inside one episode, or None."""
-        if length is None:
-            return self.rows(np.random.randint(self.size, size=batch_size))
-        oldest_first = (np.arange(self.size) + self.pointer - self.size) % self.capacity
-        ends = np.cumsum(self.data.terminated[oldest_first] | self.data.truncated[oldest_first])
-        ends_before = np.concatenate([[0], ends])  # ends_before[i]: episode ends in the rows older than i
-        first = np.arange(max(self.size - length + 1, 0))
-        first = first[ends_before[first + length - 1] == ends_before[first]]  # none but the last row may end one
-        if len(first) == 0:
-            return None
-        return self.rows(oldest_first[np.random.choice(first, batch_size)[:, None] + np.arange(length)])
+    def rows(self, index=slice(None)) -> Transitions:
+        return Transitions(*self.data[: self.size][index].split(self.widths, -1))
 
     def state_dict(self) -> dict:
-        columns = [torch.from_numpy(column[: self.size]) for column in self.data]
-        return {"columns": columns, "size": self.size, "pointer": self.pointer}
+        return {"rows": self.data[: self.size].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.size, self.pointer = state["size"], state["pointer"]
-        for column, saved in zip(self.data, state["columns"], strict=True):
-            column[: self.size] = saved.numpy()
-        if self.size and not self.data.terminated[self.pointer - 1]:  # a run cut inside an episode starts a new one:
-            self.data.truncated[self.pointer - 1] = True  # the seam is an end, and not a terminal one
+        self.size = len(state["rows"])
+        self.data[: self.size] = state["rows"]
 
 
-def evaluate(
-    new_policy: Callable[[], Callable[[Any], Any]],
-    env: gym.Env,
-    episodes: int,
-    seed: int,
-    max_steps: int,
-    frames: Optional[list] = None,
-) -> tuple[list[float], list[int]]:
-    """Returns and lengths of episodes, cut at `max_steps`, each with a policy made anew (some remember). The same seed
-    gives the same episodes, and training's dice stay as they were. `frames` collects the first episode's pictures."""
-    before = random_states()
-    seed_everything(seed + 10_000)
-    returns, lengths = [], []
-    for episode in range(episodes):
-        policy = new_policy()
-        obs, _ = env.reset(seed=seed + 10_000 + episode)
-        episode_return, length, over = 0.0, 0, False
-        while not over and length < max_steps:
-            if frames is not None and episode == 0:
-                frames.append(thumbnail(env.render()))
-            obs, reward, terminated, truncated, _ = env.step(policy(obs))
-            episode_return, length = episode_return + float(reward), length + 1
-            over = terminated or truncated
-        if frames is not None and episode == 0:
-            frames.append(thumbnail(env.render()))
-        returns.append(episode_return)
-        lengths.append(length)
-    set_random_states(before)
-    return returns, lengths
+class Run:
+    """The folder of a run: curves and checkpoints. `parts` are what a checkpoint holds and --resume restores."""
 
-
-def play(args: Any) -> tuple[list[float], list[int]]:
-    """--evaluate: load a checkpoint, play, print the scores."""
-    seed_everything(args.seed)
-    run_dir, checkpoint = Path(args.evaluate), load_checkpoint(Path(args.evaluate))
-    env = make_task(args, render=args.capture_video)
-    set_env_state(env, checkpoint["env"], generators=False)
-    frames = [] if args.capture_video else None
-    new_policy = load_policy(args, env, checkpoint)
-    returns, lengths = evaluate(new_policy, env, args.episodes, args.seed, args.eval_max_steps, frames)
-    print(f"{ALGORITHM} on {args.env_id}, trained for {checkpoint['step']:,} steps: {score_line(returns, lengths)}")
-    if frames:
-        save_gif(frames, run_dir / "videos" / "evaluation.gif")
-        print(f"video:   {run_dir / 'videos' / 'evaluation.gif'}")
-    return returns, lengths
-
-
-def score_line(returns: list[float], lengths: list[int]) -> str:
-    return (
-        f"return {np.mean(returns):.2f} (min {min(returns):.2f}, max {max(returns):.2f}), "
-        f"length {np.mean(lengths):.1f}, over {len(returns)} episodes of the deterministic policy"
-    )
-
-
-def figure_to_array(figure: Figure) -> np.ndarray:
-    """[H, W, 3] uint8"""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def thumbnail(frame: np.ndarray, size: int = 320) -> np.ndarray:
-    image = Image.fromarray(frame)
-    image.thumbnail((size, size))
-    return np.asarray(image)
-
-
-def save_gif(frames: list[np.ndarray], path: Path, fps: float = 10, at_most: int = 300) -> None:
-    # Pillow, for torch's add_video writes nothing, silently, where moviepy 2 is installed.
-    every = -(-len(frames) // at_most)  # of a long film every second, third, ... frame
-    images = [Image.fromarray(frame) for frame in frames[::every]]
-    path.parent.mkdir(exist_ok=True)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-
-
-class RunLog:
-    """One run's TensorBoard events, pictures and progress bar."""
-
-    def __init__(self, args: Any, run_dir: Path, checkpoint: Optional[dict]):
-        self.args, self.run_dir = args, run_dir
-        step = checkpoint["step"] if checkpoint else 0
-        # TensorBoard takes a run's files in the order of their names, and those begin with the second.
-        while any(run_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.05)
-        # A run killed after its last checkpoint takes those steps again: purge_step hides the first taking.
-        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if checkpoint else None)
-        self.sums, self.numbers, self.last = {}, {}, {}
+    def __init__(self, args: Args, **parts):
+        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        self.args, self.parts, self.signal, self.step = args, parts, 0, checkpoint["step"] if checkpoint else 0
+        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{ALGORITHM}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        if self.step >= args.total_timesteps:
+            raise UserError(f"{self.dir} has taken {self.step:,} steps already: raise --total-timesteps to continue")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if not checkpoint and any(self.dir.iterdir()):
+            raise UserError(f"{self.dir} is not empty: choose another --run-dir, or continue with --resume {self.dir}")
         if checkpoint:
-            vars(self).update(checkpoint["log"])
-            for path in [*run_dir.glob("frames/step_*"), *run_dir.glob("videos/step_*")]:
-                if int(path.stem.removeprefix("step_")) > step:
-                    path.unlink()
-        else:
-            rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|{rows}")
-        hidden = None if args.progress else True  # None: hidden where the output is no terminal
-        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=hidden, unit=" steps", dynamic_ncols=True)
-        self.start_clock(step)
+            for part in parts:
+                parts[part].load_state_dict(checkpoint[part])
+            torch.set_rng_state(checkpoint["generator"])
+            for number, state in enumerate(checkpoint["cuda_generators"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, number)
+        while any(self.dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)  # TensorBoard reads the files in the order of their names, which hold the second
+        # After a kill the steps since the last checkpoint are taken again: TensorBoard hides the first attempt.
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}", self.step)
+        print(f"run folder: {self.dir}\ncurves: tensorboard --logdir {shlex.quote(str(self.dir))}", flush=True)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", disable=None)
+        self.first_step, self.began, self.saved = self.step, time.perf_counter(), time.perf_counter()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
-    def state_dict(self) -> dict:
-        return {"sums": {k: float(v) for k, v in self.sums.items()}, "numbers": self.numbers, "last": self.last}
+    def on_signal(self, number: int, _) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping at the end of this episode; the same signal again stops immediately\n")
 
-    def start_clock(self, step: int) -> None:
-        """Speed and shares of the time count from here: call it again at the end of a warm-up."""
-        self.first_step, self.spent = step, defaultdict(float)
-        self.began = self.last_lap = time.perf_counter()
+    def unfinished(self) -> bool:
+        return self.step < self.args.total_timesteps and not self.signal
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap went into `name`."""
-        now = time.perf_counter()
-        self.spent[name] += now - self.last_lap
-        self.last_lap = now
+    def begin_episode(self) -> int:
+        """The episode's seed comes from torch's generator, the only one that a script uses."""
+        self.episode_start = self.step
+        return int(torch.randint(2**31, ()))
 
-    def due(self, what: str, every: int, step: int, at_most: float = math.inf, wait_for: bool = True) -> bool:
-        """Once in every `every` steps, never where that is 0; while `wait_for` is false later, by as much at most."""
-        times, last = self.last.get(what, (0, 0))
-        if every == 0 or step // every == last // every or times >= at_most:
-            return False
-        if not wait_for and step - last < 2 * every:
-            return False
-        self.last[what] = (times + 1, step)
-        return True
+    def count_step(self) -> None:
+        self.step += 1
+        self.bar.update()
 
-    def mean(self, tag: str, value: Any) -> None:
-        """Collect until the flush writes the mean; a tensor stays on its device until then."""
-        value = value.detach() if isinstance(value, torch.Tensor) else value
-        self.sums[tag] = self.sums.get(tag, 0.0) + value
-        self.numbers[tag] = self.numbers.get(tag, 0) + 1
+    def due(self, every: int) -> bool:
+        """Whether the last episode contains a multiple of `every` or ends the run."""
+        return self.step // every > self.episode_start // every or self.step == self.args.total_timesteps
 
-    def flush(self, step: int) -> None:
-        seconds = time.perf_counter() - self.began
-        shares = {f"time/{name}": spent / seconds for name, spent in self.spent.items()}
-        means = {tag: float(total) / self.numbers[tag] for tag, total in self.sums.items()}
-        self.sums, self.numbers = {}, {}
-        self.scalars(step, {**means, **shares, "charts/SPS": (step - self.first_step) / seconds})
+    def log(self, tag: str, value: float) -> None:
+        self.writer.add_scalar(tag, value, self.step)
 
-    def scalars(self, step: int, values: dict) -> None:
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, float(value), step)
-        self.lap("log")
+    def end_episode(self, info: dict) -> None:
+        if "episode" in info:  # it was not interrupted by the end of the run
+            self.log("charts/episodic_return", info["episode"]["r"])
+            self.log("charts/episodic_length", info["episode"]["l"])
+            self.bar.set_postfix_str(f"return {info['episode']['r']:.4g}")
+        self.log("charts/SPS", (self.step - self.first_step) / (time.perf_counter() - self.began))
+        if self.due(self.args.checkpoint_every) or time.perf_counter() - self.saved > 60 or self.signal:
+            self.save()
 
-    def episode(self, step: int, episode_return: float, length: int) -> None:
-        self.scalars(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
-        self.bar.set_postfix_str(f"return {episode_return:.4g}", refresh=False)
+    def save(self) -> None:
+        """Write next to the old checkpoint and rename: a kill at any moment leaves a complete one."""
+        machine = ("resume", "evaluate", "run_dir", "device")  # these belong to the command, not to the run
+        state = {
+            "algorithm": ALGORITHM,
+            "args": {name: value for name, value in asdict(self.args).items() if name not in machine},
+            "step": self.step,
+            "generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all(),
+        }
+        buffer, temporary = io.BytesIO(), self.dir / "checkpoint.tmp"
+        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, buffer)
+        try:
+            temporary.write_bytes(buffer.getbuffer())
+            os.replace(temporary, self.dir / "checkpoint.pt")
+        finally:  # a full disk leaves the old checkpoint
+            temporary.unlink(missing_ok=True)
+        self.saved = time.perf_counter()
 
-    def evaluation(self, step: int, new_policy: Callable[[], Callable[[Any], Any]], env: gym.Env) -> None:
-        args, frames = self.args, [] if self.args.capture_video else None
-        self.scores = evaluate(new_policy, env, args.eval_episodes, args.seed, args.eval_max_steps, frames)
-        returns, lengths = self.scores
-        self.scalars(step, {"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)})
-        if frames:
-            save_gif(frames, self.run_dir / "videos" / f"step_{step:08d}.gif")
-            self.lap("log")
+    def picture(self, figure: Figure) -> None:
+        figure.savefig(self.dir / "picture.png")
+        self.writer.add_figure("model/picture", figure, self.step)
 
-    def picture(self, step: int, image: np.ndarray) -> None:
-        """To TensorBoard, to the frames of picture.gif, and as the latest picture.png."""
-        self.writer.add_image("model/picture", image, step, dataformats="HWC")
-        for path in (self.run_dir / "frames" / f"step_{step:08d}.png", self.run_dir / "picture.png"):
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(image).save(path)
-        self.lap("log")
+    def evaluate(self, agent: "Agent", env: gym.Env) -> None:
+        video = self.dir / f"video_{self.step:08d}.gif"
+        self.log("eval/episodic_return", play(agent, env, self.args, f"step {self.step:,}", video))
 
-    def finish(self, step: int) -> None:
-        if self.sums:
-            self.flush(step)
-        self.bar.close()
-        self.writer.close()
-        print(f"{ALGORITHM} on {self.args.env_id}, {step:,} steps: {score_line(*self.scores)}")
-        if frames := sorted((self.run_dir / "frames").glob("*.png")):
-            save_gif([np.asarray(Image.open(frame)) for frame in frames], self.run_dir / "picture.gif", fps=4)
-            print(f"picture: {self.run_dir / 'picture.png'}, and picture.gif beside it")
-        if self.args.capture_video:
-            print(f"videos:  {self.run_dir / 'videos'}")
-        print(f"curves:  tensorboard --logdir {self.run_dir}")
-
-    def stopped(self, step: int, number: int) -> None:
-        self.bar.close()
-        self.writer.close()
-        print(f"stopped at step {step:,}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(self.run_dir))}")
-        raise SystemExit(128 + number)
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM end the run at the end of the episode, so that it can go on to the same bit; an episode that
-    outlasts 30 or 5 seconds is cut. A second signal ends the program at once: the last checkpoint stays whole."""
-
-    PATIENCE = {signal.SIGINT: 30.0, signal.SIGTERM: 5.0}
-
-    def __init__(self):
-        self.number, self.deadline, self.handlers = 0, math.inf, {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in self.PATIENCE:
-            self.handlers[number] = signal.signal(number, self.on_signal)
-        return self
-
-    def on_signal(self, number: int, frame: Any) -> None:
-        self.number, self.deadline = number, time.monotonic() + self.PATIENCE[number]
-        self.__exit__()
-        os.write(2, b"\nstopping at the end of this episode; a second signal stops at once\n")  # print may be under way
-
-    def to_stop(self, episode_over: bool) -> bool:
-        return self.number != 0 and (episode_over or time.monotonic() > self.deadline)
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.handlers.items():
+    def close(self) -> None:
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(number, handler)
+        self.bar.close()
+        self.writer.close()
+        script, folder = f"python {sys.argv[0]}", shlex.quote(str(self.dir))
+        if self.step < self.args.total_timesteps:
+            self.save()
+            print(f"stopped at step {self.step:,}; to continue: {script} --resume {folder}")
+            sys.exit(128 + self.signal)
+        print(f"picture: {self.dir / 'picture.png'}\nto watch it: {script} --evaluate {folder} --capture-video")
 
 
-def open_run(args: Any) -> tuple[Path, Optional[dict]]:
-    """The run folder, and with --resume its checkpoint. Nothing that is there already is overwritten."""
-    checkpoint = load_checkpoint(Path(args.resume)) if args.resume is not None else None
-    if checkpoint and checkpoint["step"] >= args.total_timesteps:
-        stop(f"{args.resume} has taken {checkpoint['step']:,} steps already: raise --total-timesteps to go on")
-    env_name = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_name}__{ALGORITHM}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
-    try:
-        while args.resume is None:
-            try:
-                run_dir.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if args.run_dir is None:  # another run of the same second
-                    run_dir = run_dir.with_name(run_dir.name + "x")
-                elif run_dir.is_dir() and not any(run_dir.iterdir()):
-                    break
-                else:
-                    stop(f"{run_dir} is there and not empty: name another --run-dir, or go on with --resume {run_dir}")
-        settings = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-        (run_dir / "args.tmp").write_text(settings + "\n")
-        os.replace(run_dir / "args.tmp", run_dir / "args.json")
-    except OSError as error:
-        stop(f"{run_dir} can't be written: {error.strerror}")
-    return run_dir, checkpoint
+def play(agent: "Agent", env: gym.Env, args: Args, title: str, video: Path) -> float:
+    """The mean return of evaluation episodes. They are always the same ones and leave the generator as it was."""
+    returns, frames = [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed + 10_000)
+        for episode in range(args.episodes):
+            obs, info = env.reset(seed=int(torch.randint(2**31, ())))
+            agent.reset()
+            while "episode" not in info:
+                obs, _, _, _, info = env.step(agent(obs))
+                if args.capture_video and episode == 0 and len(frames) < 500:
+                    frames.append(Image.fromarray(env.render()).reduce(2))
+            returns.append(float(info["episode"]["r"]))
+    if frames:
+        frames[0].save(video, save_all=True, append_images=frames[1:], duration=40, loop=0)
+    mean, low, high = np.mean(returns), min(returns), max(returns)
+    tqdm.write(f"{title}: the {agent.player}'s mean return is {mean:.2f}, from {low:.2f} to {high:.2f}")
+    sys.stdout.flush()  # the log of a batch job shows it at once
+    return mean
 
 
-def save_checkpoint(run_dir: Path, **state: Any) -> None:
-    """Written beside the old one, then renamed: a kill at any moment leaves a whole checkpoint."""
-    path = run_dir / "checkpoint.pt"
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(arrays_to_tensors({"algorithm": ALGORITHM, "random": random_states(), **state}), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load_checkpoint(run_dir: Path) -> dict:
-    path = run_dir / "checkpoint.pt"
+def load_checkpoint(run_dir: str) -> dict:
+    path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
-        stop(f"{run_dir} holds no checkpoint.pt: it is no run folder, or its run ended before the first checkpoint")
+        raise UserError(f"{run_dir} holds no checkpoint.pt: not a run folder, or stopped before its first checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no foreign code
-    except Exception:  # damage shows in many ways
-        stop(f"{path} is damaged or cut short: it can't be read")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        raise UserError(f"{path} is damaged: it cannot be read") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != ALGORITHM:
-        stop(f"{path} is no checkpoint of {ALGORITHM}")
+        raise UserError(f"{path} is not a checkpoint of {ALGORITHM}")
+    names = {field.name for field in fields(Args)}  # a setting added to Args since then takes its default
+    checkpoint["args"] = Args(**{name: value for name, value in checkpoint["args"].items() if name in names})
     return checkpoint
 
 
-def random_states() -> dict:
-    """Of all generators a script may use: none keeps one of its own."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
+def load_policy(run_dir: str, args: Optional[Args] = None) -> "Agent":
+    """policy = load_policy("runs/NAME"), then action = policy(obs); call policy.reset() before each episode."""
+    checkpoint = load_checkpoint(run_dir)
+    args = args or checkpoint["args"]
+    agent = Agent(make_env(args), args)
+    agent.load_state_dict(checkpoint["agent"])
+    return agent
 
 
-def set_random_states(states: dict) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, index)
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # CUDA too
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] in ("cpu", "cuda"):
-        try:
-            return torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError):
-            pass
-    stop(f"--device {name} is not to be had here: use auto, cpu or cuda[:index]")
-
-
-def stop(message: str) -> None:
-    """A user's mistake: one sentence, exit code 2, no traceback."""
-    print(f"{ALGORITHM}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_run_settings(args: Any) -> None:
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            stop(f"--{name.replace('_', '-')} is {value}: it must be a finite number")
-    for least, names in (
-        (1, ("total_timesteps", "eval_episodes", "eval_max_steps", "episodes", "log_every")),
-        (0, ("eval_every", "checkpoint_every", "picture_every", "seed")),
-    ):
-        for name in names:
-            if getattr(args, name) < least:
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
-    if args.seed >= 2**31:
-        stop(f"--seed is {args.seed}: it must be below 2^31")
-
-
-def read_settings(run_dir: Path) -> Any:
-    """The settings a run was started with."""
+def parse_args(words: list[str]) -> Args:
+    """A preset, by default the first one, and flags that override it; or the settings of an earlier run."""
+    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    folders.add_argument("--resume")
+    folders.add_argument("--evaluate")
+    found, _ = folders.parse_known_args(words)
+    if found.resume and found.evaluate:
+        raise UserError("--resume trains and --evaluate plays: choose one")
+    if run_dir := found.resume or found.evaluate:
+        saved = load_checkpoint(run_dir)["args"]
+        args = tyro.cli(Args, default=saved, args=words)
+        changed = {name for name, value in vars(saved).items() if getattr(args, name) != value}
+        if changed := changed - {"resume", "evaluate", *MAY_CHANGE.split()}:
+            raise UserError(f"{run_dir} keeps its own settings: {', '.join(sorted(changed))} cannot be changed")
+    else:
+        preset = [] if {*words} & {*PRESETS, "-h", "--help"} else [next(iter(PRESETS))]
+        args = tyro.extras.overridable_config_cli(PRESETS, args=preset + words, description=__doc__.split("\n\n")[0])
     try:
-        settings = dict(json.loads((run_dir / "args.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        stop(f"{run_dir} is no run folder: it holds no args.json that can be read")
-    if settings.pop("algorithm", None) != ALGORITHM:
-        stop(f"{run_dir} is a run of another algorithm, not of {ALGORITHM}")
-    if unknown := set(settings) ^ {field.name for field in fields(Args)}:
-        stop(f"{run_dir} was written by another version of this file: {', '.join(sorted(unknown))} differ")
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    return Args(**{**settings, "resume": None, "evaluate": None})
-
-
-def command_line(argv: Optional[list[str]], presets: dict) -> Any:
-    """The preset is a subcommand, and the first one the default; flags after it override its settings."""
-    if argv and argv[0].startswith("--no-") and not set(argv) & set(presets):
-        argv = [next(iter(presets)), *argv]  # tyro finds the default preset behind any other flag
-    descriptions = {name: description for name, (description, _) in presets.items()}
-    defaults = {name: settings for name, (_, settings) in presets.items()}
-    return tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(defaults, descriptions, prefix_names=False, sort_subcommands=False),
-        default=next(iter(defaults.values())),
-        args=argv,
-        description=(__doc__ or "").split("\n\n")[0],
-        config=(tyro.conf.CascadeSubcommandArgs,),
-    )
-
-
-MAY_CHANGE = {  # when a run goes on: nothing that the learning depends on
-    "resume", "evaluate", "episodes", "total_timesteps", "device", "compile", "progress", "capture_video",
-    "log_every", "eval_every", "eval_episodes", "eval_max_steps", "picture_every", "checkpoint_every",
-}  # fmt: skip
-
-
-def parse_args(argv: Optional[list[str]] = None) -> Any:
-    words = sys.argv[1:] if argv is None else argv
-    args = command_line(words, PRESETS)
-    if args.resume is None and args.evaluate is None:
-        return args
-    if args.resume is not None and args.evaluate is not None:
-        stop("--resume trains and --evaluate plays: give one of them")
-    folder = args.evaluate if args.resume is None else args.resume
-    if preset := [word for word in words if word in PRESETS and word != folder]:
-        stop(f"the run's own settings are used: leave out the preset {preset[0]}")
-    # Go on with the run's own settings: they become the defaults, and what the user typed stands above them.
-    saved = read_settings(Path(folder))
-    args = command_line(words, {name: (text, saved) for name, (text, _) in PRESETS.items()})
-    for name, value in asdict(saved).items():
-        free = name in MAY_CHANGE or (name == "seed" and args.evaluate)  # a new seed to evaluate: other episodes
-        if getattr(args, name) != value and not free:
-            stop(f"{folder} has its own settings: --{name.replace('_', '-')} is {value} there and can't change now")
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device} is not available on this machine") from None
     return args
 
 
-def main(argv: Optional[list[str]] = None) -> None:
-    args = parse_args(argv)
-    check_settings(args)
-    if args.evaluate is not None:
-        play(args)
-    else:
-        train(args)
+MAY_CHANGE = "total_timesteps device compile seed eval_every picture_every checkpoint_every episodes capture_video"
+
+
+def main(words: Optional[list[str]] = None) -> None:
+    try:
+        args = parse_args(sys.argv[1:] if words is None else words)
+        if args.evaluate:
+            play(load_policy(args.evaluate, args), make_env(args), args, args.env_id, Path(args.evaluate) / "play.gif")
+        else:
+            train(args)
+    except (UserError, OSError) as error:  # an OSError is most often a full disk
+        print(f"{ALGORITHM}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

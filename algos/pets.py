@@ -435,8 +435,8 @@ class CartPoleSwingUp(gym.Env):
             self.v += 0.002 * (moment * push - cos * turn) / (mass * moment - cos**2)
             self.w += 0.002 * (mass * turn - cos * push) / (mass * moment - cos**2)
             self.x, self.angle = self.x + 0.002 * self.v, self.angle + 0.002 * self.w
-            if abs(self.x) > 2.5:  # the end of the rail
-                self.x, self.v = np.clip(self.x, -2.5, 2.5), 0.0
+            if abs(self.x) > 2.5:  # the end of the rail stops the cart, and its momentum turns the pole
+                self.x, self.v, self.w = np.clip(self.x, -2.5, 2.5), 0.0, self.w + self.v * cos / moment
         s2 = torch.from_numpy(self.observe())
         return s2.numpy(), float(cart_pole_reward(s2, torch.as_tensor(action), s2)), False, False, {}
 

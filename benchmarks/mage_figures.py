@@ -1,118 +1,108 @@
-"""The figures of docs/mage.md, each from several seeds of `algos/mage.py`.
+"""Compares the critics' action gradients with the simulator's while MAGE, Dyna-TD3 and TD3 learn Pendulum-v1.
 
-    python benchmarks/mage_figures.py pendulum            # MAGE, Dyna-TD3 and TD3
-    python benchmarks/mage_figures.py invertedpendulum    # MAGE and Dyna-TD3
-    python benchmarks/mage_figures.py pendulum --workers 1 --runs /tmp/runs
+    python benchmarks/mage_figures.py --seeds 3
 
-Runs stay in the folder --runs: one that is there and finished is not made again, one that was stopped goes on. Each
-experiment writes benchmarks/results/mage_<name>.csv and docs/figures/mage_<name>.png, and prints its tables.
+Writes docs/figures/mage_gradients.png and prints the mean cosines.
 """
 
-import csv
-import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
+import gymnasium as gym
 import numpy as np
+import torch
 import tyro
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, minutes, train_all
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+import mage
 
 ROOT = Path(__file__).resolve().parent.parent
-
-POLE = "pendulum --env-id InvertedPendulum-v5 --random-steps 500 --total-timesteps 5000 --eval-every 500"
-POLE += " --picture-every 500"
-EXPERIMENTS = {  # label → command line, the number of seeds, and the steps of the table
-    "pendulum": (
-        {
-            "MAGE": "pendulum",
-            "Dyna-TD3": "pendulum --gradient-weight 0",
-            "TD3": "pendulum --gradient-weight 0 --no-imagine",
-            "TD3, an update a step": "pendulum --gradient-weight 0 --no-imagine --updates 1",
-        },
-        5,
-        (600, 800, 1_000, 1_400, 2_000, 3_000),
-    ),
-    "invertedpendulum": (
-        {"MAGE": POLE, "Dyna-TD3": f"{POLE} --gradient-weight 0"},
-        3,
-        (1_000, 2_000, 3_000, 4_000, 5_000),
-    ),
-}
+VARIANTS = {"MAGE": "", "Dyna-TD3": "--gradient-weight 0", "TD3": "--gradient-weight 0 --no-imagine"}
 
 
 @dataclass
 class Args:
-    name: Annotated[Literal["pendulum", "invertedpendulum"], tyro.conf.Positional]
-    """Which experiment."""
-    runs: Path = Path("runs/mage_figures")
-    """Where the runs are kept."""
-    workers: int = max((os.cpu_count() or 2) // 2, 1)
-    """Runs at a time, each with one thread."""
+    seeds: int = 1  # training runs per variant
+    pauses: tuple[int, ...] = tuple(range(400, 3_001, 200))  # steps at which to measure, multiples of 200
+    states: int = 40  # states in which the gradients are compared
+    path: Path = ROOT / "docs" / "figures" / "mage_gradients.png"  # the figure
+    flags: str = ""  # further settings of every run
 
 
-def area(points: list[tuple[int, float]]) -> float:
-    """Under a curve of evaluations, by trapezia, over its length: a mean return."""
-    steps, values = np.array(points).T
-    return float(((values[1:] + values[:-1]) / 2 * np.diff(steps)).sum() / (steps[-1] - steps[0]))
+def sample_states(agent: mage.Agent, env: gym.Env, count: int) -> list[np.ndarray]:
+    """(θ, θ') after up to 200 steps, of which a share between none and all take random actions."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(count):
+        obs, _ = env.reset(seed=int(rng.integers(2**31)))
+        share = rng.random()
+        for _ in range(rng.integers(200)):
+            a = rng.uniform(-2, 2, 1).astype(np.float32) if rng.random() < share else agent(obs)
+            obs, *_ = env.step(a)
+        found.append(env.unwrapped.state)
+    return found
+
+
+def observe(state: np.ndarray) -> np.ndarray:
+    return np.array([np.cos(state[0]), np.sin(state[0]), state[1]], np.float32)
+
+
+def discounted_return(agent: mage.Agent, env: gym.Env, state: np.ndarray, action: float, horizon: int = 300) -> float:
+    """Of an action in [−1, 1] and, from then on, the policy's."""
+    env.reset(seed=0)
+    env.unwrapped.state, a, total = state, np.float32([2 * action]), 0.0
+    for t in range(horizon):
+        obs, r, *_ = env.step(a)
+        total, a = total + agent.args.gamma**t * float(r), agent(obs)
+    return total
+
+
+def action_gradients(agent: mage.Agent, states: list[np.ndarray], step: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """∇_a Q at a = π(s): the critics', and the simulator's by finite differences of the policy's return."""
+    env = gym.make("Pendulum-v1").unwrapped  # without its time limit
+    s = torch.as_tensor(np.array([observe(state) for state in states]))
+    a = agent.pi(agent.policy, s).detach().requires_grad_()
+    (believed,) = torch.autograd.grad(agent.q(agent.critics, s, a).amin(0).sum(), a)
+    true = []
+    for state, action in zip(states, a[:, 0].tolist(), strict=True):
+        low, high = max(action - step, -1), min(action + step, 1)
+        rise = discounted_return(agent, env, state, high) - discounted_return(agent, env, state, low)
+        true.append(rise / (high - low))
+    return believed[:, 0].numpy(), np.array(true)
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
 
 
 def main(args: Args) -> None:
-    variants, seeds, shown = EXPERIMENTS[args.name]
-    folders = train_all("mage", variants, seeds, args.runs, args.workers)
-
-    rows, areas, figure = [], {}, Figure(figsize=(10, 4), dpi=90)
-    panels = {
-        "eval/episodic_return": figure.add_subplot(
-            1, 2, 1, xlabel="real environment steps", ylabel="evaluation return"
-        ),
-        "model/gradient_cosine": figure.add_subplot(
-            1,
-            2,
-            2,
-            xlabel="real environment steps",
-            ylabel="cosine of the critics' and the true ∇ₐ Q",
-            ylim=(-1.05, 1.05),
-        ),
-    }
-    head = " | ".join(f"{step:,}" for step in shown)
-    print(f"\n| {args.name}, evaluation at | {head} | last, each seed | cosine, mean | minutes a run |")
-    print("|-|" + "-|" * (len(shown) + 3))
-    for label, flags in variants.items():
-        table, cosine = {}, 0.0
-        for tag, axes in panels.items():
-            curves = [curve(folder, tag) for folder in folders[label]]
-            rows += [
-                [label, seed, tag, *(f"{x:.6g}" for x in point)] for seed, c in enumerate(curves, 1) for point in c
-            ]
-            steps, values = [step for step, _ in curves[0]], np.array([[value for _, value in c] for c in curves])
-            means, halves = interval(values)
-            (line,) = axes.plot(steps, means, label=label)
-            axes.fill_between(steps, means - halves, means + halves, alpha=0.15, color=line.get_color())
-            if tag == "eval/episodic_return":
-                areas[label] = np.array([area(c) for c in curves])
-                table = {step: f"{means[i]:.0f} ± {halves[i]:.0f}" for i, step in enumerate(steps)}
-                each = ", ".join(f"{value:.1f}" for value in values[:, -1])
-            else:
-                cosine = values.mean()
-        cells = " | ".join(table.get(step, "") for step in shown)
-        print(f"| `{flags}` | {cells} | {each} | {cosine:.2f} | {minutes(folders[label])} |")
-    print("\n| area under the curve | mean return over the steps | MAGE's less this, the same seed |\n|-|-|-|")
-    for label, found in areas.items():
-        (mean, half), (lead, room) = (interval(x) for x in (found, areas["MAGE"] - found))
-        print(f"| {label} | {mean:.0f} ± {half:.0f} | " + (f"{lead:.0f} ± {room:.0f} |" if label != "MAGE" else "|"))
-    panels["eval/episodic_return"].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "figures" / f"mage_{args.name}.png")
-    path = ROOT / "benchmarks" / "results" / f"mage_{args.name}.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["variant", "seed", "tag", "step", "value"], *rows])
-    print(f"\nwrote {path.relative_to(ROOT)}")
+    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for label, flags in VARIANTS.items():
+        curves = np.zeros((args.seeds, len(args.pauses)))
+        for seed in range(args.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                words = ["pendulum", *flags.split(), *args.flags.split(), "--seed", str(seed + 1), "--run-dir", folder]
+                for i, pause in enumerate(args.pauses):
+                    mage.main([*words, "--total-timesteps", str(pause)])
+                    words = ["--resume", folder]  # continues to the bit as if it had not been stopped
+                    agent = mage.load_policy(folder)
+                    states = sample_states(agent, gym.make("Pendulum-v1").unwrapped, args.states)
+                    believed, true = action_gradients(agent, states)
+                    curves[seed, i] = cosine(believed, true)
+        left.plot(true, believed, "o", markersize=4, alpha=0.6, label=label)  # of the last pause and seed
+        (line,) = right.plot(args.pauses, curves.mean(0), label=f"{label}: {curves.mean():.2f} on average")
+        right.fill_between(args.pauses, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color())
+        print(f"{label}: cosine {curves.mean():.3f} on average, at the end {curves[:, -1].mean():.3f}")
+    left.axline((0, 0), slope=1, color="gray", linewidth=1)
+    left.set(xlabel="∇ₐ Q of the simulator", ylabel="∇ₐ Q of the critics", title=f"{args.states} states, last step")
+    right.set(xlabel="environment steps", ylabel="cosine of the two gradients", ylim=(-1.05, 1.05))
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    figure.savefig(args.path)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0]))
+    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))

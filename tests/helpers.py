@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 ROOT = Path(__file__).resolve().parent.parent
+LEAN = sorted(house.LEAN & {path.stem for path in (ROOT / "algos").glob("*.py")})
 CLOCK_TAGS = ("time/", "charts/SPS")  # what depends on the clock and not on the seed
 
 
@@ -54,6 +55,11 @@ def tags(run_dir: Path) -> set[str]:
 
 def checkpoint(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def tags_on_page(name: str) -> set[str]:
+    """The tags that a file's page explains."""
+    return house.tags_on(ROOT / "docs" / f"{name}.md")
 
 
 def leaves(tree: object, path: str = "") -> dict[str, object]:

@@ -1,7 +1,6 @@
-"""The house rules as functions of a checkout: each returns the sentences of what is broken, none where all is well.
+"""The rules of the first edition as functions of a checkout: each returns the sentences of what is broken.
 
-They know no algorithm by name: a new file in algos/ is under them at once. tests/test_house.py runs them on the
-repository, and on scratch copies in which each rule is broken, to see that it bites.
+tests/test_first_house.py runs them on the files that are not moved yet, and on scratch copies that break each rule.
 """
 
 import ast
@@ -40,8 +39,12 @@ TAG = re.compile(r"(?:charts|eval|losses|model|time)/[\w*]+")
 COMMAND = re.compile(r"(?:python3?|uv run) ((?:algos|benchmarks)/[\w.]+)((?: [^\s`#|&;)]+)*)")
 
 
+# Files of the second edition, which tests/test_house.py holds to its rules; the others wait for theirs.
+LEAN = {"pets", "mpc_rs", "pddm", "mbpo", "mage"}
+
+
 def scripts(root: Path) -> list[Path]:
-    return sorted((root / "algos").glob("*.py"))
+    return sorted(path for path in (root / "algos").glob("*.py") if path.stem not in LEAN)
 
 
 def pages(root: Path) -> list[Path]:
@@ -218,6 +221,8 @@ def commands_parse(root: Path) -> list[str]:
     for where, script, flags in found:
         if not (root / script).is_file():
             wrong.append(f"{where} shows {script}, which is not there")
+            continue
+        if Path(script).stem in LEAN:
             continue
         known = (script, (root / script).read_text(), flags)
         if known not in PARSES:
