@@ -340,7 +340,7 @@ def make_env(args: Args) -> gym.Env:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a screen
     try:
-        env = gym.make(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     except (gym.error.Error, ImportError) as error:  # Gymnasium names the package to install
         raise UserError(f"--env-id {args.env_id}: {error}") from None
     check_spaces(env)

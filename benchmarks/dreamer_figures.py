@@ -22,7 +22,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, minutes, train_all
+from figure_runs import curve, interval, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 HORIZONS = (1, 5, 15, 45)

@@ -23,7 +23,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, load, minutes, train_all
+from figure_runs import curve, interval, load, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {

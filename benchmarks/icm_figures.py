@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, interval, load, minutes, train_all
+from figure_runs import curve, interval, load, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE, LONG = 21, 400  # tiles a side, steps of an episode: in the default maze random moves leave too little to find

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mpc_rs_figures import curve, load, minutes, train_all
+from figure_runs import curve, load, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {  # label → command line, and the number of seeds

@@ -15,6 +15,8 @@ stays as it is:
     <!-- report: speed mbpo -->  what benchmarks/speed.py --save speed_<machine>.csv wrote  <!-- end of report -->
     <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
 
+In the docstrings of algos/ the comment behind a command is filled too, if it is "# minutes and return" or was filled.
+
 Needs scipy: pip install -r benchmarks/requirements.txt
 """
 
@@ -296,14 +298,17 @@ def clock(runs: list[Run]) -> str:
     return f"{np.mean(whole):.1f}" if whole else ""
 
 
+def by_command(groups: dict[str, dict[str, list[Run]]]) -> dict[str, list[Run]]:
+    """Exactly these flags: `mbpo pendulum` is the preset with none behind it."""
+    return {f"{runs[0].file} {flags}".strip(): runs for of_task in groups.values() for flags, runs in of_task.items()}
+
+
 def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optional[str]:
     """The text of a small marker; None where nothing is known yet: what stands there stays."""
     if what == "lines":
         path = ROOT / "algos" / f"{of}.py"
         return f"{len(path.read_text().splitlines()):,}" if path.is_file() else None
-    # Exactly these flags: `mbpo pendulum` is the preset with none behind it
-    known = {f"{runs[0].file} {flags}".strip(): runs for of_task in groups.values() for flags, runs in of_task.items()}
-    if not (runs := known.get(of)):
+    if not (runs := by_command(groups).get(of)):
         return None
     if what == "last":
         return spread(np.array([run.score[-1, 2] for run in runs]))
@@ -316,6 +321,25 @@ TABLE = re.compile(
 CELL = re.compile(
     r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[^<>]+?) -->)((?:(?!<!--)[^\n`])*)(<!-- \. -->)"
 )
+
+
+USAGE = re.compile(
+    r"^(    python algos/(?P<file>\w+)\.py(?P<flags>(?: [^#\n]*)?)# )(?:minutes and return|[\d.]+ minutes, return .*)$",
+    re.M,
+)
+
+
+def filled_docstring(text: str, groups: dict[str, dict[str, list[Run]]]) -> str:
+    """A script whose usage lines name the measured minutes and return; without a preset those of the first one."""
+    first = re.search(r'^PRESETS = \{\s+"([\w-]+)"', text, re.M)
+
+    def fill(found: re.Match) -> str:
+        runs = by_command(groups).get(f"{found['file']} {found['flags'].strip() or (first and first[1])}")
+        if not runs:
+            return found[0]
+        return f"{found[1]}{clock(runs)} minutes, return {spread(np.array([run.score[-1, 2] for run in runs]))}"
+
+    return USAGE.sub(fill, text)
 
 
 def rounded(rate: float) -> str:
@@ -404,14 +428,14 @@ def main(args: Args) -> None:
     if (ROOT / "benchmarks" / "marks.csv").exists():
         with open(ROOT / "benchmarks" / "marks.csv", newline="") as file:
             marks = list(csv.DictReader(file))
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "algos").glob("*.py"))]
     shown = {found["task"] for page in pages for found in TABLE.finditer(page.read_text())}
     for task in () if args.check else sorted(shown & set(groups)):
         draw(task, groups[task], marks, ROOT / "docs" / "figures" / f"{name_of(task)}.png")
     differ = []
     for page in pages:
         old = page.read_text()
-        if (new := filled(old, page, groups)) != old:
+        if (new := filled_docstring(old, groups) if page.suffix == ".py" else filled(old, page, groups)) != old:
             differ.append(str(page.relative_to(ROOT)))
             if not args.check:
                 page.write_text(new)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, Optional
 
 import gymnasium as gym
@@ -36,6 +37,7 @@ import mage
 import mbpo
 import mpc_rs
 import muzero
+import pddm
 import pets
 import vin
 
@@ -130,270 +132,99 @@ def dyna_q_rates(rounds: int) -> dict[str, float]:
     )
 
 
-# ── mpc_rs: imagined steps ────────────────────────────────────────────────────────────────────────────────────────
+# ── mpc_rs, pddm, pets: plans ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def candidates_one_by_one(predict: mpc_rs.Predict, s: torch.Tensor, actions: torch.Tensor) -> None:
-    """The planner as one would first write it: a loop over candidates and steps, here over the first 10 candidates."""
-    with torch.inference_mode():
-        for k in range(10):
-            state, total = s[k : k + 1], 0.0
-            for a in actions[k]:
-                state, r, _ = predict(state, a[None])
-                total += r.item()
-
-
-def mpc_rs_rates(rounds: int, compiled: bool = False) -> tuple[dict[str, float], dict[str, float]]:
-    """Imagined model steps per second, and the GFLOP/s that their matrix products come to."""
-    variants, flops = {}, {}
-    for name, flags in {
-        "HalfCheetah, 1,000 × 20, one layer of 500": ["halfcheetah"],
-        "HalfCheetah, 1,000 × 20, two layers of 500": ["halfcheetah", "--layers", "2"],
-        "Pendulum, 4,000 × 15, one layer of 200": ["pendulum"],
-    }.items():
-        args = mpc_rs.parse_args(flags)
-        env = mpc_rs.make_task(args)
-        model, first = mpc_rs.make_model(args, env), name.endswith("one layer of 500")
-        obs, _ = env.reset(seed=0)
-        for more, on in kinds(compiled and first).items():
-            made = replace(args, compile=on), env, mpc_rs.predictor(args, model), torch.device("cpu")
-            planner = mpc_rs.planner_maker(*made)()
-            variants[name + more] = functools.partial(planner.plan, obs), args.candidates * args.horizon
-            flops[name + more] = 2 * sum(layer.weight.numel() for layer in model.net[::2])
-        if first:
-            plain = mpc_rs.predictor(args, model)
-            s = torch.as_tensor(obs, dtype=torch.float32).expand(args.candidates, -1)
-            actions = mpc_rs.uniform_sequences(planner.low, planner.high, args.candidates, args.horizon)
-            loop = functools.partial(candidates_one_by_one, plain, s, actions)
-            variants["(HalfCheetah, a loop over candidates)"] = loop, 10 * args.horizon
-    rates = best_rates(variants, rounds)
-    return rates, {name: rates[name] * flops[name] / 1e9 for name in flops}
-
-
-# ── pets: plans ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def pets_rates(rounds: int, compiled: bool = False) -> tuple[dict[str, float], dict[str, float]]:
-    """Plans per second, and the GFLOP/s that their matrix products come to. A plan of the paper's size takes seconds:
-    few rounds of it, and of each one iteration of CEM in place of its five."""
-    rates, flops = {}, {}
-    for name, flags, share in (
-        ("HalfCheetah, 500 × 20 × 30 × 5, 5 networks of 4×200", "halfcheetah --iterations 1", 5),
-        ("HalfCheetah, the same in bfloat16", "halfcheetah --iterations 1 --bf16", 5),
-        ("cart-pole, 100 × 5 × 20 × 4, 5 networks of 2×128", "cartpole --epsilon 0", 1),
-    ):
-        args = pets.parse_args(flags.split())
-        env = pets.make_task(args)
-        model = pets.make_ensemble(args, env)
-        obs, _ = env.reset(seed=0)
+def plan_rates(module: ModuleType, rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
+    """Plans per second of each preset. One of HalfCheetah's size takes seconds on a CPU: few rounds of it."""
+    rows = []
+    for preset, (_, args) in module.PRESETS.items():
+        if preset == "halfcheetah" and rounds == 1:
+            continue
         variants = {}
-        for more, on in kinds(compiled and not args.bf16).items():
-            made = replace(args, compile=on), env, pets.propagator(args, model, args.particles), torch.device("cpu")
-            variants[name + more] = functools.partial(pets.planners(*made)().plan, obs), 1 / share
-        found = best_rates(variants, min(rounds, 3) if share > 1 else rounds)
-        rows = args.candidates * args.particles * args.horizon * args.iterations * share
-        rates |= found
-        flops |= {n: rate * rows * 2 * sum(w[0].numel() for w in model.weights) / 1e9 for n, rate in found.items()}
-    return rates, flops
+        for more, on in kinds(compiled and hasattr(args, "compile")).items():
+            changed = {"compile": on} if on else {}
+            env = module.make_env(args)
+            agent, (obs, _) = module.Agent(env, replace(args, **changed)), env.reset(seed=0)
+            variants[f"{preset}{more}"] = functools.partial(agent, obs), 1
+        rates = best_rates(variants, rounds if preset != "halfcheetah" else min(rounds, 2))
+        rows += [(name, "plans/s", rate) for name, rate in rates.items()]
+    return rows
 
 
 # ── mbpo: updates, training steps, branches ───────────────────────────────────────────────────────────────────────
 
 
-def plain_update(sac: mbpo.SAC, optimizers: list, s: torch.Tensor, a: torch.Tensor, r: torch.Tensor, s2, ended) -> None:
-    """An update of SAC as one would first write it: critic by critic, gradients also where they are thrown away, Adam
-    not fused."""
-
-    class OneByOne:
-        def __call__(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-            values = []
-            for i in range(2):
-                x = torch.cat([s, a], -1)
-                for layer, (w, b) in enumerate(zip(sac.critics.weights, sac.critics.biases, strict=True)):
-                    x = torch.addmm(b[i], torch.relu(x) if layer else x, w[i])
-                values.append(x[:, 0])
-            return torch.stack(values)
-
-    critics = OneByOne()
-    with torch.no_grad():
-        y = r + 0.99 * (1 - ended) * mbpo.soft_value(sac, s2, 0.99, 0, None)
-    optimizers[0].zero_grad()
-    mbpo.critic_loss(critics, s, a, y)[0].backward()
-    optimizers[0].step()
-    loss, log_prob = mbpo.policy_loss(sac.policy, critics, s, sac.log_alpha.detach().exp())
-    optimizers[1].zero_grad()
-    loss.backward()
-    optimizers[1].step()
-    optimizers[2].zero_grad()
-    (-sac.log_alpha * (log_prob.detach().mean() + sac.target_entropy)).backward()
-    optimizers[2].step()
-    for target, value in zip(sac.targets.parameters(), sac.critics.parameters(), strict=True):
-        target.data.copy_(0.995 * target.data + 0.005 * value.data)
+def filled(module: ModuleType, args: object, steps: int) -> tuple:
+    """An agent and a replay of random transitions."""
+    torch.manual_seed(0)
+    env = module.make_env(args)
+    agent, replay = module.Agent(env, args), module.Replay(steps, env, args.device)
+    (state_size,), (action_size,) = env.observation_space.shape, env.action_space.shape
+    for row in torch.randn(steps, 2 * state_size + action_size).numpy():
+        s, a, s2 = np.split(row, [state_size, state_size + action_size])
+        replay.add(s, a, 0.0, s2, False, 0)
+    return agent, replay
 
 
 def mbpo_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    """At HalfCheetah's sizes: updates of SAC with their sampling, training steps of the ensemble, imagined rows."""
-    torch.manual_seed(0)
-    args, cpu = mbpo.parse_args(["halfcheetah"]), torch.device("cpu")
-    env = mbpo.make_task(args)
-    (D,), (A,) = env.observation_space.shape, env.action_space.shape
-    sacs = {more: mbpo.SAC(D, A, replace(args, compile=on), cpu) for more, on in kinds(compiled).items()}
-    sac, model = sacs[""], mbpo.make_world(args, env)
-    model.target_scale.fill_(0.01)
-    replay = mbpo.ReplayBuffer(5_000, env.observation_space, env.action_space)
-    for row in torch.randn(5_000, D + A + D).numpy():
-        replay.add(row[:D], row[D : D + A], 0.0, row[D + A :], False, False)
-    imagined = mbpo.ImaginedReplay(D, A, 1, cpu)
-    imagined.add(torch.randn(100_000, 2 * D + A + 2))
-    groups = (sac.critics.parameters(), sac.policy.parameters(), [sac.log_alpha])
-    optimizers = [torch.optim.Adam(group, 3e-4) for group in groups]
+    """At Hopper's sizes: updates of SAC with their sampling, training steps of the ensemble, imagined rows."""
+    args = mbpo.PRESETS["hopper"][1]
+    agent, replay = filled(mbpo, args, 5_000)
+    pool = mbpo.ModelPool(sum(replay.widths[:-1]), args.device)
+    pool.add(torch.randn(100_000, sum(replay.widths[:-1])), 100_000)
+    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.learning_rate, fused=True)
+    policy_optimizer = torch.optim.Adam([*agent.policy.parameters(), agent.log_alpha], args.learning_rate, fused=True)
+    model_optimizer = mbpo.make_optimizer(agent.model, args)
+    batch = replay.rows(torch.randint(replay.size, (args.members, args.model_batch_size)))
+    states = torch.randn(args.rollouts, replay.widths[0])
 
-    def updates(update: Callable) -> None:
-        for batch in mbpo.batches(replay, imagined, args):
-            update(*batch)
-
-    optimizer = mbpo.make_optimizer(model, args.weight_decay, args.model_learning_rate)
-    x, y, ended = torch.randn(7, 256, D + A), torch.randn(7, 256, D + 1), torch.zeros(7, 256)
+    def update() -> None:
+        for _ in range(args.updates):
+            mbpo.update(agent, critic_optimizer, policy_optimizer, mbpo.sample_batch(replay, pool, args), args)
 
     def train() -> None:
         for _ in range(10):
-            optimizer.zero_grad()
-            mbpo.ensemble_loss(model, x, y, ended).backward()
-            optimizer.step()
-
-    s = torch.randn(args.rollouts, D)
-    predict, task = mbpo.elite_sampler(args, model, list(range(args.elites))), mbpo.TASKS[args.env_id]
-
-    def through_all(s: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, std, _ = model.gaussian(s.expand(7, -1, -1), a.expand(7, -1, -1))
-        y = (mean + std * torch.randn_like(mean))[torch.randint(7, (len(s),)), torch.arange(len(s))]
-        return s + y[:, :-1], y[:, -1], task.ended(s)
+            model_optimizer.zero_grad()
+            mbpo.ensemble_loss(agent.model, batch).backward()
+            model_optimizer.step()
 
     few = min(rounds, 5)
-    rates = best_rates(
-        {
-            f"SAC, 2 × 256, batch 256{more}": (
-                functools.partial(updates, functools.partial(one.update, predict=None)),
-                args.updates,
-            )
-            for more, one in sacs.items()
-        }
-        | {
-            "(SAC as one would first write it)": (
-                lambda: updates(functools.partial(plain_update, sac, optimizers)),
-                args.updates,
-            ),
-        },
-        few,
-    )
-    steps = best_rates({"ensemble, 7 × 4 × 200, batch 256": (train, 10)}, few)
-    branches = best_rates(
-        {
-            name: (functools.partial(mbpo.branch, world, sac.policy, s, 1), len(s))
-            for name, world in (
-                ("branches, each row through one elite", predict),
-                ("(each row through all members)", through_all),
-            )
-        },
-        few,
-    )
-    rows = [(name, "updates/s", rate) for name, rate in rates.items()]
-    rows += [(name, "training steps/s", rate) for name, rate in steps.items()]
-    return rows + [(name, "million rows/s", rate / 1e6) for name, rate in branches.items()]
+    (updates,) = best_rates({"": (update, args.updates)}, few).values()
+    (steps,) = best_rates({"": (train, 10)}, few).values()
+    (rows,) = best_rates({"": (functools.partial(mbpo.branch, agent, states, 1), len(states))}, few).values()
+    return [
+        ("SAC, 2 × 256, batch 256", "updates/s", updates),
+        ("ensemble, 7 × 4 × 200, batch 256", "training steps/s", steps),
+        ("branches, each row through one elite", "million rows/s", rows / 1e6),
+    ]
 
 
 # ── mage: updates ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def through_every_member(args: mage.Args, model: mage.GaussianEnsemble) -> mage.Predict:
-    """All members compute all rows, and of each row one member is kept."""
-    task = mage.TASKS[args.env_id]
-
-    def predict(s: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, logvar, _ = model(model.inputs(s, a).expand(model.members, -1, -1))
-        row, member = torch.arange(len(s)), torch.randint(model.members, (len(s),))
-        mean, std = mean[member, row], (0.5 * logvar).exp()[member, row]
-        s2 = s + (mean + std * torch.randn_like(mean)) * model.change_std + model.change_mean
-        return s2, task.reward(s, a, s2), task.ended(s2)
-
-    return predict
-
-
-def twice_through_everything(learner: mage.TD3, predict: mage.Predict, s: torch.Tensor) -> None:
-    """An update of the critics as the public code does it: the graph of model, reward, policy and target networks is
-    kept, differentiated, and differentiated again."""
-    args, a = learner.args, learner.policy(s)
-    s2, r, ended = predict(s, a)
-    y = r + args.gamma * (~ended) * mage.next_value(learner, s2, learner.blur(a))
-    loss = 0.0
-    for q in learner.critics(s, a):
-        error = y - q
-        (slope,) = torch.autograd.grad(error.sum(), a, create_graph=True)
-        for x, weight in ((error, 1.0), (slope.norm(dim=1), args.gradient_weight)):
-            loss = loss + weight * 0.5 * torch.nn.functional.smooth_l1_loss(x, torch.zeros_like(x))
-    learner.optimizers["critics"].zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_value_(learner.critics.parameters(), args.gradient_clip)
-    learner.optimizers["critics"].step()
-
-
 def mage_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    """At the paper's sizes for HalfCheetah: updates of the critics, with the policy's each second time, and training
-    steps of the model."""
-    torch.manual_seed(0)
-    args, cpu = mage.parse_args(["halfcheetah"]), torch.device("cpu")
-    env = mage.make_task(args)
-    model, data = mage.make_dynamics(args, env), []
-    for shape in (env.observation_space.shape, env.action_space.shape, (), env.observation_space.shape):
-        data.append(torch.randn(args.batch_size, *shape))
-    batch = mage.Transitions(*data, *[torch.zeros(args.batch_size, dtype=torch.bool)] * 2)
-    model.set_normalizer(batch)
-    ways = kinds(compiled)
-    learners = {more: mage.make_learner(replace(args, compile=on), env, cpu) for more, on in ways.items()}
-    learners["public"] = mage.make_learner(args, env, cpu)
-    for network in learners["public"].networks().values():
-        network.requires_grad_(True)  # the targets too
-    half, every = torch.ones(env.action_space.shape), through_every_member(args, model)
-    predict = mage.sampler(args, model, 0 * half, half)
+    """At the default's sizes: updates of the critics, and training steps of the model."""
+    args = mage.Args()
+    agent, replay = filled(mage, args, 1_000)
+    optimizer = torch.optim.RAdam(agent.critics.parameters(), args.learning_rate, foreach=True)
+    model_optimizer = torch.optim.RAdam(agent.model.parameters(), args.model_learning_rate, foreach=True)
+    rows = replay.rows(torch.randint(replay.size, (args.members, args.model_batch_size)))
 
-    def ours(learner: mage.TD3, world: mage.Predict) -> None:
-        for _ in range(args.policy_every):
-            learner.fit_critics(batch.obs, *learner.target(batch, world))
-            learner.improve(batch.obs)
+    def update() -> None:
+        for _ in range(10):
+            s = replay.rows(torch.randint(replay.size, (args.batch_size,))).s
+            a = agent.pi(agent.policy, s)
+            value_loss, slope_loss = mage.critic_losses(agent, s, a, *agent.imagined_target(s, a))
+            mage.descend(optimizer, value_loss + args.gradient_weight * slope_loss, args.gradient_clip)
 
-    def public() -> None:
-        for _ in range(args.policy_every):
-            twice_through_everything(learners["public"], every, batch.obs)
-            learners["public"].improve(batch.obs)
+    def train() -> None:
+        mage.descend(model_optimizer, mage.model_loss(agent.model, *rows[:5]), args.gradient_clip)
 
-    optimizer = torch.optim.RAdam(model.parameters(), args.model_learning_rate, foreach=True)
-    rows = torch.randint(args.batch_size, (args.members, args.model_batch_size))
-    own = mage.Transitions(*(column[rows] for column in batch))
-
-    def train(loss: Callable) -> None:
-        mage.descend(optimizer, loss(model, own), args.gradient_clip)
-
-    losses = {more: torch.compile(mage.world_loss) if on else mage.world_loss for more, on in ways.items()}
     few = min(rounds, 5)
-    rates = best_rates(
-        {
-            f"MAGE, 8 × 4×512, batch 1,024{more}": (functools.partial(ours, learners[more], predict), args.policy_every)
-            for more in ways
-        }
-        | {
-            "(one backward, all members compute all rows)": (
-                functools.partial(ours, learners[""], every),
-                args.policy_every,
-            ),
-            "(as the public code: two backwards, all members)": (public, args.policy_every),
-        },
-        few,
-    )
-    steps = best_rates(
-        {f"its model, batch 256{more}": (functools.partial(train, loss), 1) for more, loss in losses.items()}, few
-    )
-    rows = [(name, "updates/s", rate) for name, rate in rates.items()]
-    return rows + [(name, "training steps/s", rate) for name, rate in steps.items()]
+    (updates,) = best_rates({"": (update, 10)}, few).values()
+    (steps,) = best_rates({"": (train, 1)}, few).values()
+    return [("MAGE, 8 × 2×64, batch 64", "updates/s", updates), ("its model, batch 256", "training steps/s", steps)]
 
 
 # ── vin: sweeps, moves learned from, mazes ────────────────────────────────────────────────────────────────────────
@@ -704,8 +535,9 @@ Row = tuple[str, str, float]  # what, unit, rate
 MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
     "matrix product": lambda rounds, _: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
     "dyna_q": lambda rounds, _: [(name, "million updates/s", x / 1e6) for name, x in dyna_q_rates(rounds).items()],
-    "mpc_rs": lambda rounds, compiled: with_flops("million model steps/s", 1e6, *mpc_rs_rates(rounds, compiled)),
-    "pets": lambda rounds, compiled: with_flops("plans/s", 1, *pets_rates(rounds, compiled)),
+    "mpc_rs": functools.partial(plan_rates, mpc_rs),
+    "pddm": functools.partial(plan_rates, pddm),
+    "pets": functools.partial(plan_rates, pets),
     "mbpo": mbpo_rates,
     "mage": mage_rates,
     "vin": vin_rates,
@@ -714,11 +546,6 @@ MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
     "dreamer_v2": dreamer_v2_rates,
     "muzero": muzero_rates,
 }
-
-
-def with_flops(unit: str, scale: float, rates: dict[str, float], flops: dict[str, float]) -> list[Row]:
-    rows = [(name, unit, rate / scale) for name, rate in rates.items()]
-    return rows + [(name, "GFLOP/s", rate) for name, rate in flops.items()]
 
 
 @dataclass

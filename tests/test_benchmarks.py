@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import subprocess
 
 import gymnasium as gym
 import helpers
@@ -19,7 +18,7 @@ speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
     speed.main(speed.Args(rounds=1, threads=1, save=tmp_path / "speed.csv"))
     rows = (tmp_path / "speed.csv").read_text().splitlines()[1:]
-    names = [path.stem for path in house.scripts(helpers.ROOT)]
+    names = [path.stem for path in (helpers.ROOT / "algos").glob("*.py")]
     assert {row.split(",")[0] for row in rows} == {"matrix product", *names}
     assert all(float(row.split(",")[-3]) > 0 and row.split(",")[-2] == "1" for row in rows)
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
@@ -34,12 +33,12 @@ def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
 def test_speed_with_and_without_compile(tmp_path):
     with pytest.raises(SystemExit):
         speed.main(speed.Args(rounds=1, compile=True))
-    some = ("mpc_rs", "mbpo", "icm")
+    some = ("icm",)
     speed.main(speed.Args(rounds=2, threads=1, compile=True, only=some, save=tmp_path / "speed.csv"))
     with open(tmp_path / "speed.csv", newline="") as file:
         rates = {(row["file"], row["hot_path"]): float(row["rate"]) for row in csv.DictReader(file)}
     compiled = [(file, name) for file, name in rates if name.endswith(", compiled")]
-    assert [file for file, _ in compiled] == ["mpc_rs", "mbpo", "icm", "icm"]
+    assert [file for file, _ in compiled] == ["icm", "icm"]
     for file, name in compiled:
         assert 0.05 < rates[file, name] / rates[file, name.removesuffix(", compiled")] < 20
     torch.compiler.reset()
@@ -93,50 +92,9 @@ def test_interval_is_the_bootstraps():
     assert np.allclose(half, 1.96 * samples.std(0) / 20, rtol=0.15)
 
 
-def test_imagined_steps_are_counted_right(monkeypatch):
-    """The planner's floating-point operations: those of its matrix products, K · H times."""
-    monkeypatch.setattr(speed, "best_rates", lambda variants, rounds: {k: units for k, (_, units) in variants.items()})
-    steps, flops = speed.mpc_rs_rates(rounds=1)
-    pendulum = next(name for name in steps if name.startswith("Pendulum"))
-    assert steps[pendulum] == 60_000
-    assert flops[pendulum] * 1e9 == 60_000 * 2 * (4 * 200 + 200 * 3)
-
-
-def test_plans_are_counted_right(monkeypatch):
-    """The paper's HalfCheetah: 396 GFLOP a plan; on the clock one iteration of five, a fifth of a plan."""
-    monkeypatch.setattr(speed, "best_rates", lambda variants, rounds: {k: units for k, (_, units) in variants.items()})
-    plans, flops = speed.pets_rates(rounds=1)
-    paper, _, cart_pole = plans
-    assert plans[paper] == 0.2 and plans[cart_pole] == 1
-    products = 23 * 200 + 3 * 200 * 200 + 200 * 36
-    assert flops[paper] * 1e9 == pytest.approx(0.2 * 500 * 20 * 30 * 5 * 2 * products)
-    assert flops[cart_pole] * 1e9 == pytest.approx(100 * 5 * 20 * 4 * 2 * (6 * 128 + 128 * 128 + 128 * 10))
-
-
-@pytest.mark.learning  # they train
-def test_the_planners_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    """Two short variants: the table, the CSV and the figure; the second time nothing is trained again."""
-    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
-    short = "--total-timesteps 400 --candidates 10 --horizon 3 --eval-episodes 1 --eval-every 200 --picture-every 0"
-    variants = {"shooting": f"pendulum {short}", "true": f"pendulum {short} --dynamics true"}
-    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2))
-    writes_into(tmp_path, runner, monkeypatch)
-    args = runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1)
-    runner.main(args)
-    table = capsys.readouterr().out
-    made = (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text()
-    assert (tmp_path / "docs/figures/mpc_rs_pendulum.png").stat().st_size > 5_000
-    final = [float(line.split(",")[4]) for line in made.splitlines() if line.startswith("shooting,") and ",400," in line
-             and "eval/" in line]  # fmt: skip
-    assert len(final) == 2 and ", ".join(f"{value:.1f}" for value in final) in table
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: 1 / 0)
-    runner.main(args)
-    assert (tmp_path / "benchmarks/results/mpc_rs_pendulum.csv").read_text() == made
-
-
 def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     """Also where a flag is a path, or has a point in it."""
-    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
+    runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(runner, "train", lambda run, to_stop: run.finished.write_text("{}"))
     all_flags = ("maze8 --data /a/b-c.npz", "maze8 --beta 0.1", "maze8 --beta 0.2", "a --model D", "a --model E")
@@ -149,7 +107,7 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.mark.learning  # they train
 def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
     """And so does Ctrl-C: what was stopped goes on, what had not begun is not begun."""
-    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
+    runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
     long = "maze --total-timesteps 1000000 --eval-every 0 --picture-every 0"
     variants = {"long": long, "wrong": "maze --gamma 7", "later": "cliff"}
     with pytest.raises(Exception, match="--gamma"):
@@ -160,68 +118,11 @@ def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
-    runner = house.load(helpers.ROOT / "benchmarks" / "mpc_rs_figures.py")
+    runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
     for name, seconds, resumed in (("a", 60, False), ("b", 240, False), ("c", 6_000, True)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"seconds": seconds, "resumed": resumed}))
     assert runner.minutes([tmp_path / name for name in "abc"]) == "2.5"
     assert runner.minutes([tmp_path / "c"]) == ""
-
-
-@pytest.mark.learning  # they train
-def test_the_ensembles_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "pets_figures.py")
-    short = "--total-timesteps 400 --candidates 10 --elites 2 --iterations 1 --horizon 3 --hidden 16 --epochs 1"
-    variants = {"PETS": f"pendulum {short} --eval-episodes 1 --picture-every 0"}
-    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2))
-    writes_into(tmp_path, runner, monkeypatch)
-    runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
-    made = (tmp_path / "benchmarks/results/pets_pendulum.csv").read_text()
-    last = [float(line.split(",")[4]) for line in made.splitlines() if ",charts/episodic_return,400," in line]
-    assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in capsys.readouterr().out
-    assert (tmp_path / "docs/figures/pets_pendulum.png").stat().st_size > 5_000
-
-
-@pytest.mark.learning  # they train
-def test_the_policys_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "mbpo_figures.py")
-    short = "--total-timesteps 500 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8 --rollouts 50 --patience 0"
-    variants = {"MBPO": f"pendulum {short}", "SAC": f"pendulum {short} --rollout-length 0"}
-    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2, (400, 500)))
-    writes_into(tmp_path, runner, monkeypatch)
-    runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
-    made, table = (tmp_path / "benchmarks/results/mbpo_pendulum.csv").read_text(), capsys.readouterr().out
-    for label in variants:
-        last = [float(x.split(",")[3]) for x in made.splitlines() if x.startswith(f"{label},") and ",500," in x]
-        assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in table
-        assert f"| {np.mean(last):.0f} ± " in table
-    assert (tmp_path / "docs/figures/mbpo_pendulum.png").stat().st_size > 5_000
-
-
-@pytest.mark.learning  # they train
-def test_the_critics_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "mage_figures.py")
-    short = "--total-timesteps 200 --random-steps 100 --updates 1 --batch-size 8 --hidden 8 --model-hidden 8"
-    short += " --model-batches 2 --eval-every 50 --eval-episodes 1 --picture-every 100 --eval-max-steps 20"
-    variants = {"MAGE": f"pendulum {short}", "Dyna-TD3": f"pendulum {short} --gradient-weight 0"}
-    monkeypatch.setitem(runner.EXPERIMENTS, "pendulum", (variants, 2, (150, 200)))
-    writes_into(tmp_path, runner, monkeypatch)
-    runner.main(runner.Args(name="pendulum", runs=tmp_path / "runs", workers=1))
-    made, table = (tmp_path / "benchmarks/results/mage_pendulum.csv").read_text(), capsys.readouterr().out
-    areas = {}
-    for label in variants:
-        last = [float(x.split(",")[4]) for x in made.splitlines() if x.startswith(f"{label},") and ",200," in x
-                and "eval/" in x]  # fmt: skip
-        assert len(last) == 2 and ", ".join(f"{value:.1f}" for value in last) in table
-        areas[label] = []
-        for seed in (1, 2):
-            points = [float(x.split(",")[4]) for x in made.splitlines() if x.startswith(f"{label},{seed},eval/")]
-            assert len(points) == 4
-            areas[label].append((points[0] / 2 + points[1] + points[2] + points[3] / 2) / 3)
-        assert f"| {label} | {np.mean(areas[label]):.0f} ± " in table
-    lead = np.subtract(areas["MAGE"], areas["Dyna-TD3"])
-    assert f"| {lead.mean():.0f} ± {runner.interval(lead)[1]:.0f} |" in table
-    assert made.count("model/gradient_cosine") == 2 * 2 * 2
-    assert (tmp_path / "docs/figures/mage_pendulum.png").stat().st_size > 5_000
 
 
 @pytest.mark.learning  # they train
@@ -357,52 +258,6 @@ def test_what_the_dreamers_speed_is_compared_with_does_the_same():
         patch.setattr(block.torch, "randn", lambda *shape, **_: torch.full(shape, 0.3))
         both = [block.world_model_loss(world, batch, args)[0], speed.step_by_step(world, batch, args)]
     torch.testing.assert_close(*both)
-
-
-def test_the_public_codes_update_is_the_fast_one(monkeypatch):
-    """What the speed table compares does the same thing: the same members for the same rows, no noise."""
-    mage, n = speed.mage, 16
-    args = mage.Args(env_id="HalfCheetah-v5", hidden=8, learning_rate=1e-2)
-    s, made = torch.randn(n, 18), []
-    model = mage.GaussianEnsemble(4, 18, 6, 1, 8, 1, False, 0)
-    model.set_normalizer(mage.Transitions(s, torch.randn(n, 6), None, s + torch.randn(n, 18), None, None))
-    monkeypatch.setattr(mage.torch, "randn_like", torch.zeros_like)
-    monkeypatch.setattr(mage.torch, "randperm", lambda n, device=None: torch.arange(n))
-    monkeypatch.setattr(speed.torch, "randint", lambda high, shape: torch.arange(n) // 4)
-    for public in (False, True):
-        torch.manual_seed(0)
-        learner = mage.TD3(18, 6, 1, args, torch.device("cpu"))
-        predict = mage.sampler(args, model, torch.zeros(6), torch.ones(6))
-        for _ in range(3):
-            if public:
-                speed.twice_through_everything(learner, speed.through_every_member(args, model), s)
-            else:
-                batch = mage.Transitions(s, *[torch.zeros(n)] * 5)
-                learner.fit_critics(s, *learner.target(batch, predict))
-            learner.improve(s)
-        made.append([p.detach() for network in learner.networks().values() for p in network.parameters()])
-    for p, q in zip(*made, strict=True):
-        assert torch.allclose(p, q, atol=1e-5)
-
-
-def test_a_plain_update_is_the_fast_one():
-    """What the speed table compares does the same thing."""
-    rows = [torch.randn(20, n) for n in (3, 1, 3)]
-    s, a, s2, r, ended = rows[0], rows[1].tanh(), rows[2], torch.randn(20), torch.zeros(20)
-    made = []
-    for plain in (False, True):
-        torch.manual_seed(0)
-        sac = speed.mbpo.SAC(3, 1, speed.mbpo.Args(hidden=8), torch.device("cpu"))
-        groups = (sac.critics.parameters(), sac.policy.parameters(), [sac.log_alpha])
-        optimizers = [torch.optim.Adam(group, 3e-4) for group in groups]
-        for _ in range(3):
-            if plain:
-                speed.plain_update(sac, optimizers, s, a, r, s2, ended)
-            else:
-                sac.update(s, a, r, s2, ended, None)
-        made.append([*sac.policy.parameters(), *sac.critics.parameters(), *sac.targets.parameters(), sac.log_alpha])
-    for p, q in zip(*made, strict=True):
-        assert torch.allclose(p, q, atol=1e-5)
 
 
 def writes_into(folder, runner, monkeypatch):

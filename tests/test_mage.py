@@ -1,6 +1,7 @@
 """The mathematics of mage.py against slow and obvious references."""
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 
 import gymnasium as gym
@@ -57,17 +58,16 @@ def test_standardizers_have_the_statistics_of_the_data():
     x, standard = torch.cat([5 + 3 * torch.randn(40, 2), torch.full((40, 1), 4.0)], 1), mage.Standardizer(3)
     assert torch.equal(standard(x), x) and torch.equal(standard.inverse(x), x)
     standard.fit(x)
-    y, n = standard(x), x[:, :2].numpy()
-    assert y[:, :2].numpy() == pytest.approx((n - n.mean(0)) / n.std(0), abs=1e-4)
-    assert torch.allclose(standard.inverse(y), x, atol=1e-5)
+    n = x[:, :2].numpy()
+    assert standard(x)[:, :2].numpy() == pytest.approx((n - n.mean(0)) / n.std(0), abs=1e-4)
+    assert torch.allclose(standard.inverse(standard(x)), x, atol=1e-5)
     assert standard(torch.tensor([0.0, 0.0, 4.5]))[2] == 0.5 and standard.inverse(torch.randn(3))[2] == 4  # constant
 
 
-def test_networks_side_by_side_and_their_initialisation():
-    torch.manual_seed(0)
-    net, x = mage.MLP(3, 50, 70, 1), torch.randn(3, 4, 50)
-    for w, b, limit in zip(net.weights, net.biases, (math.sqrt(6 / 120), math.sqrt(6 / 71)), strict=True):
-        assert 0.9 * limit < w.abs().max() <= limit and (w[0] != w[1]).all() and (b == 0).all()
+def test_networks_side_by_side():
+    net, x = mage.MLP(3, 5, 7, 2), torch.randn(3, 4, 5)
+    assert all((b == 0).all() for b in net.biases) and (net.weights[0][0] != net.weights[0][1]).all()
+    for b in net.biases:
         b.data.normal_()
     for k in range(3):
         assert torch.allclose(net(x)[k], run_network(net, k, x[k]), atol=1e-5)
@@ -84,8 +84,8 @@ def test_the_models_loss_is_the_likelihood(env_id):
     assert len(model.networks.weights) == 4 and raw.shape[-1] == 6 + (env_id == "Unknown-v0")
     expected = -2 * Normal(raw[..., :3], std).log_prob(y).mean() - math.log(2 * math.pi)
     if env_id == "Unknown-v0":
+        assert [w.shape[-1] for w in model.reward_network.weights] == [256, 256, 256, 1]
         r = run_network(model.reward_network, 0, torch.cat([x, y], -1))
-        assert torch.allclose(model.reward(d.s, d.a, d.s2), r, atol=1e-5)
         expected += (r - (d.r - model.rewards.mean) / model.rewards.std).square().mean()
         expected -= Bernoulli(logits=raw[..., 6:]).log_prob(d.terminated).mean()
     assert mage.model_loss(model, *d[:5]).item() == pytest.approx(expected.item(), rel=1e-4)
@@ -111,9 +111,8 @@ def test_a_training_makes_whole_passes_each_member_in_its_own_order(count, size,
         order = torch.cat(seen[i : i + per_pass], 1)
         assert order.shape == (4, per_pass * min(size, count)) and all(len(row.unique()) == len(row) for row in order)
         assert (order[0] != order[1]).any()
-    assert torch.allclose(model.changes.mean, (d.s2 - d.s).mean(0), atol=1e-5)
-    assert torch.allclose(model.inputs.mean, torch.cat([d.s, d.a], 1).mean(0), atol=1e-5)
-    assert model.rewards.mean.item() == pytest.approx((count - 1) / 2)
+    means = torch.cat([model.inputs.mean, model.changes.mean, model.rewards.mean])
+    assert torch.allclose(means, torch.cat([d.s, d.a, d.s2 - d.s, d.r], 1).mean(0), atol=1e-4)
 
 
 def test_the_policy_acts_in_the_tasks_box():
@@ -138,8 +137,8 @@ def test_each_member_imagines_its_share_of_the_rows(env_id):
             assert terminated[rows].float().mean().item() == pytest.approx(logit[k, 0].sigmoid().item(), abs=0.02)
     expected, ends = toy_reward(d.s, torch.stack([-1 + 2 * (d.a[:, 0] + 1), d.a[:, 1] + 1], 1), s2)
     if env_id == "Unknown-v0":
-        learned = agent.model.reward(d.s.expand(n, 3), d.a.expand(n, 2), s2)[:, 0]
-        expected, ends = agent.model.rewards.mean + agent.model.rewards.std * learned, terminated
+        r = (r - agent.model.rewards.mean) / agent.model.rewards.std
+        expected, ends = agent.model.reward(d.s.expand(n, 3), d.a.expand(n, 2), s2)[:, 0], terminated
     assert torch.allclose(r, expected, atol=1e-4) and torch.equal(terminated, ends)
 
 
@@ -160,17 +159,12 @@ def test_the_target_is_td3s():
 def test_the_slope_is_the_derivative_of_the_whole_target(env_id):
     """∇_a y by finite differences with the same noise; without the path through ŝ it is another one."""
     agent, d = make_agent(double=True, env_id=env_id), data(12)
-
-    def target(a):
-        torch.manual_seed(5)
-        return agent.imagined_target(d.s.double(), a)
-
+    target = lambda a: torch.manual_seed(5) and agent.imagined_target(d.s.double(), a)  # noqa: E731
     (y, slope), a = target(d.a.double()), d.a.double()
     assert not y.requires_grad and not slope.requires_grad
     for j, step in enumerate(1e-6 * torch.eye(2).double()):
         assert torch.allclose(slope[:, j], (target(a + step)[0] - target(a - step)[0]) / 2e-6, atol=1e-6)
-    inverse = agent.model.changes.inverse
-    agent.model.changes.inverse = lambda x: inverse(x.detach())
+    agent.model.changes.inverse = lambda x, inverse=agent.model.changes.inverse: inverse(x.detach())
     assert (target(a)[1] - slope).abs().mean() > 1e-3
 
 
@@ -191,8 +185,7 @@ def test_one_pass_through_the_model_gives_the_losses_and_gradients_of_the_double
     assert torch.allclose(torch.stack(losses), torch.stack(plain), atol=1e-12)
     ours, theirs = (torch.autograd.grad(x[0] + 5 * x[1], parameters) for x in (losses, plain))
     assert all(torch.allclose(x, y, atol=1e-12) and x.abs().max() > 1e-6 for x, y in zip(ours, theirs, strict=True))
-    only = mage.critic_losses(agent, s, a, y.detach(), None)
-    assert torch.allclose(only[0], plain[0]) and only[1] == 0
+    assert torch.allclose(mage.critic_losses(agent, s, a, y.detach(), None)[0], plain[0])
 
 
 def test_the_policys_loss_and_following_targets():
@@ -212,19 +205,16 @@ def test_heldout_metrics_on_a_known_model():
         replay.add([0, 0, i + 100 * (i // 7)], [0.1, 0.2], 0.0, [0, 0, i + 100 * (i // 7) + 1], False, i - i % 7)
     agent.imagine = lambda s, a: (s + torch.tensor([0.0, 0.0, 1.5]), None, None)
     metrics, scale = mage.heldout_metrics(agent, replay, 20), replay.rows().s[:, 2].std().item()
-    assert metrics["model/open_loop_error_1"] == pytest.approx(0.5 / scale / 3, rel=1e-4)
-    assert metrics["model/open_loop_error_5"] == pytest.approx(2.5 / scale / 3, rel=1e-4)
-    assert "model/open_loop_error_20" not in metrics
-    own = [x.expand(4, -1, -1) for x in replay.rows(slice(20, 60))[:5]]
-    assert metrics["model/heldout_loss"] == pytest.approx(mage.model_loss(agent.model, *own).item())
+    loss = mage.model_loss(agent.model, *(x.expand(4, -1, -1) for x in replay.rows(slice(20, 60))[:5])).item()
+    expected = {"model/open_loop_error_1": 0.5 / scale / 3, "model/open_loop_error_5": 2.5 / scale / 3}
+    assert metrics == pytest.approx({"model/heldout_loss": loss, **expected}, rel=1e-4)
 
 
 @pytest.mark.parametrize("imagine", [True, False])
 def test_the_training_loop_keeps_its_schedule(imagine, tmp_path, monkeypatch):
-    calls, real = {}, dict(vars(mage))
+    calls, real = defaultdict(list), dict(vars(mage))
     real["critic_losses"] = lambda agent, *_: [x + 0 * agent.critics.biases[0].sum() for x in (2, 7)]
     for name in ("fit", "heldout_metrics", "critic_losses", "policy_loss", "descend", "follow", "play"):
-        calls[name] = []
         monkeypatch.setattr(mage, name, lambda *args, name=name: calls[name].append(args) or real[name](*args))
     mage.train(replace(
         ARGS, env_id="Pendulum-v1", total_timesteps=240, random_steps=216, updates=3, policy_every=4, model_every=30,

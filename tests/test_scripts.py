@@ -1,0 +1,361 @@
+"""What every script promises its user. The files of the first edition have test_first_scripts.py."""
+
+import errno
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import LEAN, ROOT, differences, leaves, module, scalars, tags_on_page
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+# Pendulum's episodes have 200 steps; losses must be written and every optimiser must step within 400.
+PLANNER = "--random-steps 200 --refit-every 100 --epochs 1 --candidates 10 --horizon 4 --hidden 16"
+TINY = {
+    "pets": f"{PLANNER} --elites 3 --iterations 1",
+    "mpc_rs": PLANNER,
+    "pddm": PLANNER,
+    "mbpo": "--random-steps 100 --model-every 100 --rollouts 100 --hidden 16 --model-hidden 16 --updates 1",
+    "mage": "--random-steps 100 --model-every 50 --hidden 16 --model-hidden 16 --updates 1 --batch-size 32",
+}
+COMMON = "--env-id Pendulum-v1 --total-timesteps 800 --eval-every 400 --episodes 1 --picture-every 400"
+every_file = pytest.mark.parametrize("name", LEAN)
+
+
+def run(name, flags, run_dir):
+    """A short run in this process; later flags override earlier ones. Its checkpoint."""
+    module(name).main([*f"{COMMON} {TINY[name]} {flags}".split(), "--run-dir", str(run_dir)])
+    return checkpoint(run_dir)
+
+
+def resume(name, run_dir, flags=""):
+    module(name).main(["--resume", str(run_dir), *flags.split()])
+    return checkpoint(run_dir)
+
+
+def checkpoint(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def learned(state):
+    """Everything but the settings, which name the length of a run."""
+    return {name: value for name, value in state.items() if name != "args"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """name → the folder of a finished run of 800 steps, which no test changes."""
+    folders = {}
+
+    def get(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name) / "run"
+            run(name, "", folders[name])
+        return folders[name]
+
+    return get
+
+
+def command(*words, cwd=None, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *map(str, words)]
+    return subprocess.Popen(words, cwd=cwd, env=environment, text=True, stdout=-1, stderr=-1, **kwargs)
+
+
+# ── Each file ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_file
+def test_runs_alone_in_an_empty_folder(name, tmp_path):
+    shutil.copy(ROOT / "algos" / f"{name}.py", tmp_path)
+    process = command(f"{name}.py", *COMMON.split(), *TINY[name].split(), "--capture-video", cwd=tmp_path)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert f"__{name}__1__" in run_dir.name
+    lines = out.splitlines()
+    assert f"runs/{run_dir.name}" in lines[0] and f"tensorboard --logdir runs/{run_dir.name}" in lines[1]
+    assert sum("mean return" in line for line in lines) == 2
+    assert str(run_dir.relative_to(tmp_path) / "picture.png") in lines[-2]
+    assert f"{name}.py --evaluate runs/{run_dir.name}" in lines[-1]
+    assert "steps/s" not in err  # no progress bar where there is no terminal
+    with Image.open(next(run_dir.glob("video_*.gif"))) as video:
+        assert video.n_frames > 100 and len(video.convert("RGB").getcolors(1_000_000)) > 1
+    with Image.open(run_dir / "picture.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
+    assert helpers.tags(run_dir) <= tags_on_page(name)
+
+
+@every_file
+def test_every_tag_of_the_page_is_written(name, whole):
+    assert tags_on_page(name) <= helpers.tags(whole(name))
+    assert all(np.isfinite(value) for curve in scalars(whole(name), clock=True).values() for value in curve.values())
+
+
+@every_file
+def test_same_seed_same_run_and_looking_changes_nothing(name, whole, tmp_path):
+    again = run(name, "--eval-every 200 --picture-every 800 --episodes 2 --checkpoint-every 200", tmp_path / "again")
+    assert differences(learned(again), learned(checkpoint(whole(name)))) == []
+    other = run(name, "--seed 2 --total-timesteps 400", tmp_path / "other")
+    assert differences(other["agent"], again["agent"])
+
+
+@every_file
+def test_stopped_and_continued_equals_one_run_to_the_bit(name, whole, tmp_path, monkeypatch):
+    count_step = module(name).Run.count_step
+
+    def stop_at_step_250(self):
+        count_step(self)
+        if self.step == 250:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module(name).Run, "count_step", stop_at_step_250)
+    with pytest.raises(SystemExit) as stopped:
+        run(name, "", tmp_path / "run")
+    assert stopped.value.code == 128 + signal.SIGTERM and checkpoint(tmp_path / "run")["step"] == 400
+    assert differences(learned(resume(name, tmp_path / "run")), learned(checkpoint(whole(name)))) == []
+    assert scalars(tmp_path / "run") == scalars(whole(name))
+    lengthened = resume(name, tmp_path / "run", "--total-timesteps 1000")
+    assert lengthened["step"] == 1_000 and lengthened["args"]["hidden"] == 16
+
+
+@every_file
+def test_everything_is_trained(name, whole, tmp_path):
+    """Every tensor of the agent changes, but for steps that only count; every optimiser has stepped."""
+    before = run(name, "--total-timesteps 1", tmp_path / "start")
+    after = checkpoint(whole(name))
+    unchanged = leaves(after["agent"]).keys() - set(differences(before["agent"], after["agent"]))
+    assert not unchanged, unchanged
+    steps = [value for part in after.values() for key, value in leaves(part).items() if key.endswith("/step")]
+    assert steps and all(value > 0 for value in steps)
+
+
+@every_file
+def test_the_policy_of_a_run_plays(name, whole, capsys):
+    before, files = (whole(name) / "checkpoint.pt").read_bytes(), {*whole(name).iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module(name).Run, "__init__", None)  # --evaluate does not open the run for writing
+        module(name).main(["--evaluate", str(whole(name)), "--episodes", "2"])
+    assert "Pendulum-v1" in (out := capsys.readouterr().out) and module(name).Agent.player in out
+    assert (whole(name) / "checkpoint.pt").read_bytes() == before and {*whole(name).iterdir()} == files
+    policy = module(name).load_policy(str(whole(name)))
+    obs = np.array([1.0, 0.0, 0.1], np.float32)
+    policy.reset()
+    torch.manual_seed(0)
+    first = policy(obs)
+    policy.reset()
+    torch.manual_seed(0)
+    assert first.shape == (1,) and -2 <= first[0] <= 2 and first == policy(obs)
+
+
+OWN = """
+import gymnasium as gym, numpy as np
+class Env(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (2,))
+    broken = False
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.s = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.s, {}
+    def step(self, a):
+        self.s = np.clip(self.s + 0.1 * np.asarray(a), -9, 9).astype(np.float32)
+        r = np.nan if self.broken and abs(self.s[0]) > 1 else float(-abs(self.s).sum())
+        return self.s, r, bool(self.s[1] > 1), False, {}
+gym.register("Own-v0", Env)
+gym.register("Broken-v0", type("Broken", (Env,), {"broken": True}))
+"""
+
+
+@every_file
+def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
+    """Reward and termination are learned, an endless task gets a time limit, and NaN ends in one sentence."""
+    (tmp_path / "own_task.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    after = run(name, "--env-id own_task:Own-v0 --total-timesteps 600", tmp_path / "run")
+    assert after["step"] == 600 and "no time limit" in capsys.readouterr().out
+    env = module(name).make_env(replace(module(name).Args(), env_id="own_task:Own-v0"))
+    replay = module(name).Replay(600, env, "cpu")
+    replay.load_state_dict(after["replay"])
+    data = replay.rows()
+    assert torch.equal(data.terminated[:, 0] > 0, data.s2[:, 1] > 1) and data.terminated.sum() > 0
+    same_episode = data.episode[1:, 0] == data.episode[:-1, 0]
+    assert torch.equal(data.s[1:][same_episode], data.s2[:-1][same_episode])
+    assert torch.equal(data.terminated[:-1, 0] > 0, ~same_episode)
+    with pytest.raises(SystemExit) as exit:
+        run(name, "--env-id own_task:Broken-v0", tmp_path / "broken")
+    assert exit.value.code == 2 and "NaN" in capsys.readouterr().err
+
+
+@every_file
+def test_a_time_limit_is_not_a_terminal_state(name, whole):
+    env = module(name).make_env(module(name).Args(env_id="Pendulum-v1"))
+    replay = module(name).Replay(800, env, "cpu")
+    replay.load_state_dict(checkpoint(whole(name))["replay"])
+    assert replay.size == 800 and (replay.rows().terminated == 0).all()
+    assert replay.rows().episode[:, 0].unique().tolist() == [0, 200, 400, 600]
+
+
+@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in LEAN for preset in module(name).PRESETS])
+def test_every_preset_starts(name, preset, tmp_path):
+    words = f"{preset} {TINY[name]} --total-timesteps 130 --random-steps 60 --episodes 1"
+    for layers in ("layers", "model_layers"):  # one weight decay per layer, where there are several
+        words += f" --{layers} 2" if hasattr(module(name).Args, layers) else ""
+    decay = getattr(module(name).Args(), "weight_decay", ())
+    words += f" --weight-decay {' '.join(map(str, decay))}" if isinstance(decay, tuple) and decay else ""
+    module(name).main([*words.split(), "--run-dir", str(tmp_path / "run")])
+    assert checkpoint(tmp_path / "run")["step"] == 130
+
+
+@given(st.data())
+def test_a_number_out_of_range_is_refused_by_its_flag(data):
+    args = module(data.draw(st.sampled_from(LEAN))).Args()
+    numbers = [field.name for field in fields(args) if type(getattr(args, field.name)) in (int, float)]
+    name = data.draw(st.sampled_from(numbers))
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
+        replace(args, **{name: data.draw(st.sampled_from([-1, float("nan"), float("inf")]))})
+
+
+@every_file
+def test_help_fits_on_two_screens(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        module(name).parse_args([next(iter(module(name).PRESETS)), "--help"])
+    assert exit.value.code == 0 and len(capsys.readouterr().out.splitlines()) <= 120
+
+
+# ── The plumbing, which test_house.py holds equal in all files: shown with one of them ────────────────────────────
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of a finished run, for tests that change it."""
+    shutil.copytree(whole("pets"), tmp_path / "finished")
+    return tmp_path / "finished"
+
+
+WRONG = {
+    "--elites 200": "--elites",
+    "--device cuda:9": "--device cuda:9",
+    "--env-id Nonsense-v0": "Nonsense",
+    "--env-id no_module:Env-v0": "no_module",
+    "--env-id CartPole-v1": "actions",
+    "--env-id FrozenLake-v1": "FlattenObservation",
+    "--env-id CarRacing-v3": "",  # a missing package or a picture: either is named
+    "nonsense": "nonsense",
+    "--lr 1": "--lr",
+    "--resume nowhere": "no checkpoint",
+    "--evaluate nowhere": "no checkpoint",
+    "--resume a --evaluate b": "choose one",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_mistake_ends_in_one_sentence_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        module("pets").main(flags.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and WRONG[flags] in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())  # before anything was written
+
+
+def test_nothing_is_overwritten(finished, capsys):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    for flag, more in (("--run-dir", ""), ("--resume", ""), ("--resume", "--hidden 9")):
+        with pytest.raises(SystemExit) as exit:
+            module("pets").main([flag, str(finished), *more.split()])
+        assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "not empty" in error and "800 steps already: raise --total-timesteps" in error and "hidden" in error
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_damaged_and_foreign_checkpoints_are_named(finished, whole, capsys):
+    path = finished / "checkpoint.pt"
+    for content, word in ((path.read_bytes()[:1_000], "damaged"), (b"", "damaged"),
+                          ((whole("mpc_rs") / "checkpoint.pt").read_bytes(), "not a checkpoint of pets")):  # fmt: skip
+        path.write_bytes(content)
+        for flag in ("--resume", "--evaluate"):
+            with pytest.raises(SystemExit) as exit:
+                module("pets").main([flag, str(finished)])
+            assert exit.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(finished, monkeypatch, capsys):
+    before = (finished / "checkpoint.pt").read_bytes()
+
+    def write_half(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(SystemExit) as exit:
+        resume("pets", finished, "--total-timesteps 1000")
+    monkeypatch.undo()
+    assert exit.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert (finished / "checkpoint.pt").read_bytes() == before and not (finished / "checkpoint.tmp").exists()
+
+
+def test_a_setting_added_later_takes_its_default_in_older_runs(finished):
+    state = checkpoint(finished)
+    del state["args"]["alpha"]
+    torch.save(state, finished / "checkpoint.pt")
+    assert resume("pets", finished, "--total-timesteps 900")["args"]["alpha"] == module("pets").Args().alpha
+
+
+def test_a_stop_during_the_last_evaluation_loses_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module("pets"), "play", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run("pets", "--total-timesteps 400 --eval-every 1000", tmp_path / "run")
+    module("pets").main(["--evaluate", str(tmp_path / "run"), "--episodes", "1"])
+    assert resume("pets", tmp_path / "run", "--total-timesteps 600")["step"] == 600
+
+
+def test_a_checkpoint_is_written_about_every_minute(tmp_path, monkeypatch):
+    ticks, saved, save = itertools.count(0, 40.0), [], module("pets").Run.save
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), time=time.time, sleep=time.sleep)
+    monkeypatch.setattr(module("pets"), "time", clock)
+    monkeypatch.setattr(module("pets").Run, "save", lambda self: saved.append(self.step) or save(self))
+    run("pets", "--random-steps 790 --checkpoint-every 100000", tmp_path / "run")
+    assert saved == [200, 400, 600, 800]
+
+
+def test_killed_and_continued(tmp_path):
+    """SIGKILL at any moment leaves a complete checkpoint; the steps since are taken again and shown once."""
+    flags = f"{COMMON} {TINY['pets']} --total-timesteps 100000 --eval-every 100000 --checkpoint-every 200"
+    process = command(ROOT / "algos" / "pets.py", *flags.split(), "--run-dir", tmp_path / "run")
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.kill()
+    process.communicate()
+    step = checkpoint(tmp_path / "run")["step"]
+    assert step % 200 == 0 and not (tmp_path / "run" / "checkpoint.tmp").exists()
+    resume("pets", tmp_path / "run", f"--total-timesteps {step + 400}")
+    returns = scalars(tmp_path / "run")["charts/episodic_return"]
+    assert list(returns) == list(range(200, step + 401, 200))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    flags = f"{COMMON} {TINY['pets']} --total-timesteps 100000 --random-steps 99000 --env-id own_task:Own-v0"
+    (tmp_path / "own_task.py").write_text(OWN.replace("bool(self.s[1] > 1)", "__import__('time').sleep(0.05) or False"))
+    process = command(ROOT / "algos" / "pets.py", *flags.split(), "--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert "run folder" in process.stdout.readline()
+    time.sleep(1)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=10)  # an episode takes 50 seconds
+    assert process.returncode == -signal.SIGINT and "end of this episode" in err
