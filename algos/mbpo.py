@@ -433,7 +433,7 @@ def draw_branches(agent: Agent, data: "Transitions", k: int) -> Figure:
     right.plot(episode[:, i].cpu(), color="black")
     right.plot(time, paths, color="tab:orange", linewidth=0.5)
     right.plot(time[: k + 1], paths[: k + 1], color="tab:red")
-    right.set(title=f"last episode (black) and branches: k = {k} (red), 20 (orange)")
+    right.set(title=f"last episode (black), branches: k = {k} (red), 20 (orange)")
     right.set(xlabel="step of the episode", ylabel=f"s[{i}]")
     return figure
 

@@ -106,8 +106,8 @@ class Args:  # tyro turns each field into a flag and each comment into its help
 PRESETS = {
     "pendulum": ("Pendulum-v1: swing up and balance within 2,000 steps", Args()),
     "reacher": ("Reacher-v5: a two-link arm to a random target", Args(
-        "Reacher-v5", 3_000, candidates=200, horizon=15, sigma=0.3, beta=0.7, gamma=30.0, random_steps=500, refit_every=500,
-        hidden=200, picture_every=500, episodes=20)),
+        "Reacher-v5", 3_000, candidates=200, horizon=15, sigma=0.3, beta=0.7, gamma=30.0, random_steps=500,
+        refit_every=500, hidden=200, picture_every=500, episodes=20)),
     "halfcheetah": ("HalfCheetah-v5 at the official sizes: for a GPU", Args(
         "HalfCheetah-v5", 170_000, candidates=700, sigma=0.9, beta=0.9, gamma=1.0, random_steps=20_000,
         refit_every=3_000, batch_size=512, hidden=250, eval_every=15_000, picture_every=15_000, episodes=3)),
@@ -297,7 +297,7 @@ def draw_plan(agent: Agent, replay: "Replay") -> Figure:
         axes.set(ylabel=f"s[{i}]")
         axes.autoscale()
     axes.set_xlabel("step of the episode")
-    figure.colorbar(cloud, ax=grid, label="predictions for the candidates, by weight")
+    figure.colorbar(cloud, ax=grid, label="weight of a candidate (the colour of its prediction)")
     figure.legend(handles=axes.lines, loc="outside lower center", ncols=2)
     figure.suptitle(f"step {replay.size:,}: one plan of {agent.args.horizon} steps and its candidates")
     return figure
