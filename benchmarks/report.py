@@ -324,7 +324,8 @@ CELL = re.compile(
 
 
 USAGE = re.compile(
-    r"^(    python algos/(?P<file>\w+)\.py(?P<flags>(?: [^#\n]*)?)# )(?:minutes and return|[\d.]+ minutes, return .*)$",
+    r"^(    python algos/(?P<file>\w+)\.py(?P<flags>(?: [^#\n]*)?)# )"
+    r"(?:minutes and return|(?:[\d.]+ minutes, )?return .*)$",
     re.M,
 )
 
@@ -337,7 +338,8 @@ def filled_docstring(text: str, groups: dict[str, dict[str, list[Run]]]) -> str:
         runs = by_command(groups).get(f"{found['file']} {found['flags'].strip() or (first and first[1])}")
         if not runs:
             return found[0]
-        return f"{found[1]}{clock(runs)} minutes, return {spread(np.array([run.score[-1, 2] for run in runs]))}"
+        minutes = f"{clock(runs)} minutes, " if clock(runs) else ""
+        return f"{found[1]}{minutes}return {spread(np.array([run.score[-1, 2] for run in runs]))}"
 
     return USAGE.sub(fill, text)
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import tempfile
@@ -469,20 +468,6 @@ def test_a_mistake_shows_no_traceback_from_the_shell(name, tmp_path):
     assert process.returncode == 2
     assert "Traceback" not in err
     assert err.startswith(f"{name}: ")
-
-
-def test_the_readmes_own_environment_works(tmp_path):
-    """Its few lines, with an environment of one's own: a mass that is to be pushed to the origin."""
-    readme = (helpers.ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n# my_env.py\n(.*?)```", readme, re.DOTALL)
-    (flags,) = re.findall(r"python algos/mbpo.py (.*my_env:My-v0.*)", readme)
-    (tmp_path / "my_env.py").write_text(lines)
-    (tmp_path / "my_project.py").write_text(OWN)
-    quick = CASES["mbpo"].quick.split()
-    process = helpers.command("mbpo", *flags.split(), *quick, "--run-dir", tmp_path / "run", cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "mbpo on my_env:My-v0" in out and helpers.scalars(tmp_path / "run")["eval/episodic_return"]
 
 
 OWN = """
