@@ -26,7 +26,7 @@ Symbols: p_ω → Ensemble, B → replay, ŝ → s2, Q̄, π̄ → target_critic
 
 Usage (return: mean and 95 % interval over seeds; docs/mage.md has the curves):
     python algos/mage.py                                    # return −157 [−181, −132]
-    python algos/mage.py invertedpendulum                   # minutes and return
+    python algos/mage.py invertedpendulum                   # not measured yet
     python algos/mage.py --gradient-weight 0                # Dyna-TD3, the paper's ablation
     python algos/mage.py --gradient-weight 0 --no-imagine   # TD3: real transitions, no model
     python algos/mage.py --env-id my_module:MyEnv-v0        # any Gymnasium task: its reward and end are learned too

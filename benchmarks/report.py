@@ -15,7 +15,7 @@ stays as it is:
     <!-- report: speed mbpo -->  what benchmarks/speed.py --save speed_<machine>.csv wrote  <!-- end of report -->
     <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
 
-In the docstrings of algos/ the comment behind a command is filled too, if it is "# minutes and return" or was filled.
+In the docstrings of algos/ the comment behind a command is filled too, if it is "# not measured yet" or was filled.
 
 Needs scipy: pip install -r benchmarks/requirements.txt
 """
@@ -325,13 +325,13 @@ CELL = re.compile(
 
 USAGE = re.compile(
     r"^(    python algos/(?P<file>\w+)\.py(?P<flags>(?: [^#\n]*)?)# )"
-    r"(?:minutes and return|(?:[\d.]+ minutes, )?return .*)$",
+    r"(?:not measured yet|(?:[\d.]+ minutes, )?return .*)$",
     re.M,
 )
 
 
 def filled_docstring(text: str, groups: dict[str, dict[str, list[Run]]]) -> str:
-    """A script whose usage lines name the measured minutes and return; without a preset those of the first one."""
+    """A script whose usage lines name the measured not measured yet; without a preset those of the first one."""
     first = re.search(r'^PRESETS = \{\s+"([\w-]+)"', text, re.M)
 
     def fill(found: re.Match) -> str:

@@ -239,9 +239,9 @@ def test_every_line_of_the_table_can_be_run(tmp_path):
 def test_docstrings_say_what_the_runs_measured():
     groups = {"mbpo pole": {"pole": [a_run(1, "mbpo", values=(0, 7)), a_run(2, "mbpo", values=(0, 9))]}}
     text = """
-    python algos/mbpo.py              # minutes and return
+    python algos/mbpo.py              # not measured yet
     python algos/mbpo.py pole         # 9.9 minutes, return −3 [−4, −2]
-    python algos/mbpo.py pole --tau 1 # minutes and return
+    python algos/mbpo.py pole --tau 1 # not measured yet
     python algos/mbpo.py --resume X   # continues
 PRESETS = {
     "pole": 1
