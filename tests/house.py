@@ -244,8 +244,10 @@ def parses(module: ModuleType, argv: list[str]) -> bool:
         try:
             if hasattr(module, "PRESETS"):
                 module.command_line(argv, module.PRESETS)
-            else:
+            elif hasattr(module, "Args"):
                 tyro.cli(module.Args, args=argv)
+            else:
+                return not argv
         except SystemExit as error:
             return not error.code  # --help leaves with 0
     return True

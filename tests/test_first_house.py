@@ -77,7 +77,7 @@ BREAKS = [
 def test_rule_bites(rule, break_it, tmp_path):
     for name in ("algos", "docs", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "requirements.txt"):
+    for name in ("README.md", "CONTRIBUTING.md", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     assert rule(tmp_path) == []
     break_it(tmp_path)

@@ -7,226 +7,254 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import module
+from helpers import checkpoint, module, scalars
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
 
 pddm = module("pddm")
-ARGS = pddm.Args(candidates=50, horizon=4, hidden=8, members=2)
+ARGS = pddm.Args(candidates=40, hidden=8, horizon=4, random_steps=30)
 
 
-class Env(gym.Env):
-    def __init__(self, size, low, high):
-        self.observation_space = gym.spaces.Box(-9, 9, (size,))
-        self.action_space = gym.spaces.Box(np.float32(low), np.float32(high))
+class Box(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Box(-1, 1, (2,))
 
 
-BOX, TOY = Env(3, [-1, -1], [1, 1]), Env(1, [-2], [1])
+class Toy(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-9, 9, (1,)), gym.spaces.Box(np.float32([-2]), np.float32([1]))
 
 
-def ensemble(learn_reward=False, **changes):
-    torch.manual_seed(0)
+def ensemble(learn_reward=False, seed=0, **changes):
+    torch.manual_seed(seed)
     net = pddm.Ensemble(3, 2, learn_reward, replace(ARGS, **changes))
     for p in net.parameters():
         p.data += 0.3 * torch.randn_like(p)
+    for name, buffer in net.named_buffers():
+        torch.nn.init.uniform_(buffer, 0.5, 2) if "std" in name else torch.nn.init.normal_(buffer)
     return net
 
 
+def transitions(n=6, seed=0):
+    torch.manual_seed(seed)
+    s, a, r, s2 = (torch.randn(n, size) for size in (3, 2, 1, 3))
+    return pddm.Transitions(s, a, r, s2, (torch.rand(n, 1) < 0.4).float(), torch.zeros(n, 1))
+
+
+def planner(monkeypatch, reward=lambda s, a, s2: s2[..., 0], **changes):
+    monkeypatch.setitem(pddm.REWARDS, "Toy-v0", reward)
+    return pddm.Agent(Toy(), replace(ARGS, env_id="Toy-v0", **changes))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("learn_reward", [False, True])
-def test_the_batched_ensemble_and_its_loss_are_those_of_the_members(learn_reward):
-    net, size, expected = ensemble(learn_reward), 3 + learn_reward, 0.0
-    x, y, terminated = torch.randn(2, 7, 5), torch.randn(2, 7, size), (torch.rand(2, 7, 1) < 0.4).float()
-    output, logit = net(x)
-    for b in range(2):
-        h = x[b]
+def test_the_batched_ensemble_is_its_members_one_by_one(layers, learn_reward):
+    net, inputs = ensemble(learn_reward, layers=layers), torch.randn(3, 7, 5)
+    before = inputs.clone()
+    output, logit = net(inputs)
+    assert torch.equal(inputs, before) and len(net.weights) == layers + 1
+    for b in range(3):
+        x = inputs[b]
         for i, (w, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
-            h = (h.clamp(min=0) if i else h) @ w[b] + bias[b]
-        assert torch.allclose(output[b], h[:, :size], atol=1e-5)
-        expected += np.mean((y[b] - h[:, :size]).detach().numpy() ** 2)
-        if learn_reward:
-            assert torch.allclose(logit[b], h[:, -1], atol=1e-5)
-            p = h[:, -1:].sigmoid()
-            expected -= torch.where(terminated[b] > 0, p, 1 - p).log().mean().item()
-    assert pddm.ensemble_loss(net, x, y, terminated).item() == pytest.approx(float(expected), rel=1e-4)
+            x = (np.maximum(x, 0) if i else x) @ w[b].detach() + bias[b].detach()
+        assert x.shape[1] == 3 + 2 * learn_reward
+        assert torch.allclose(output[b], x[:, : 3 + learn_reward], atol=1e-5)
+        assert not learn_reward or torch.allclose(logit[b], x[:, -1], atol=1e-5)
 
 
-def test_fresh_members_differ_and_follow_xavier():
-    net = pddm.Ensemble(3, 2, False, replace(ARGS, hidden=300))
-    for w, (fan_in, fan_out) in zip(net.weights, ((5, 300), (300, 300), (300, 3)), strict=True):
-        assert w.std().item() == pytest.approx(math.sqrt(2 / (fan_in + fan_out)), rel=0.1)
+def test_fresh_networks_follow_xaviers_initialisation_and_differ():
+    torch.manual_seed(0)
+    net = pddm.Ensemble(3, 2, False, replace(ARGS, hidden=400))
+    for w, widths in zip(net.weights, ((5, 400), (400, 400), (400, 3)), strict=True):
+        assert w.std().item() == pytest.approx(math.sqrt(2 / sum(widths)), rel=0.05)
         assert not torch.equal(w[0], w[1])
     assert all((bias == 0).all() for bias in net.biases)
 
 
-def filled(n=60, length=7):
-    """The third coordinate of a state counts the steps, the last action is constant."""
-    replay, rng = pddm.Replay(n, BOX, "cpu"), np.random.default_rng(0)
-    for i in range(n):
-        s = rng.normal(2, 3, 3)
-        replay.add(np.append(s[:2], i), [rng.uniform(-1, 1), 0.5], i, np.append(s[1:], i + 1), False, i - i % length)
-    return replay
-
-
-def test_each_member_sees_all_data_in_its_own_order(monkeypatch):
-    net, seen, loss = ensemble(), [], pddm.ensemble_loss
-    monkeypatch.setattr(pddm, "ensemble_loss", lambda m, *data: seen.append(data) or loss(m, *data))
-    args, data = replace(ARGS, epochs=2, batch_size=25), filled().rows()
-    optimizer, before = torch.optim.Adam(net.parameters(), 1e-2), [p.clone() for p in net.parameters()]
-    mean_loss = pddm.fit(net, optimizer, data, args)
-    assert [batch[0].shape for batch in seen] == [(2, 25, 5), (2, 25, 5), (2, 10, 5)] * 2
-    first, second = (torch.cat([batch[0][..., 2] for batch in seen[i : i + 3]], 1) for i in (0, 3))
-    assert torch.allclose(first.sort(1).values, second.sort(1).values) and not torch.equal(first, second)
-    assert torch.equal(first[0].sort().values, first[1].sort().values) and not torch.equal(first[0], first[1])
-    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
-    inputs, change = torch.cat([data.s, data.a], 1), data.s2 - data.s
-    assert torch.allclose(net.input_mean, inputs.mean(0)) and net.input_std[4] == 1
-    assert torch.allclose(net.input_std[:4], inputs.std(0, correction=0)[:4])
-    assert torch.allclose(net.target_mean, change.mean(0))
-    assert torch.allclose(net.target_std, change.std(0, correction=0), atol=1e-6) and net.target_std[2] == 0
+@pytest.mark.parametrize("learn_reward", [False, True])
+@torch.no_grad()
+def test_the_loss_is_the_members_squared_error_written_out(learn_reward):
+    net, data, expected = ensemble(learn_reward), transitions(), 0.0
     x, y = net.normalised(data)
-    assert x[:, :4].std(0, correction=0).tolist() == pytest.approx([1] * 4)
-    assert y[:, :2].std(0, correction=0).tolist() == pytest.approx([1] * 2) and (y[:, 2] == 0).all()
-    values = [loss(net, *batch).item() for batch in seen]
-    assert 0 < mean_loss < 10 * np.mean(values)
+    for n in range(6):
+        inputs = (torch.cat([data.s[n], data.a[n]]) - net.input_mean) / net.input_std
+        output, logit = net(inputs.expand(3, 1, -1))
+        targets = [*(data.s2[n] - data.s[n]), *data.r[n]][: 3 + learn_reward]
+        for b in range(3):
+            for i, target in enumerate(targets):
+                error = (target - net.target_mean[i]) / net.target_std[i] - output[b, 0, i]
+                expected += error**2 / 6 / len(targets)
+            if learn_reward:
+                expected -= torch.distributions.Bernoulli(logits=logit[b, 0]).log_prob(data.terminated[n, 0]) / 6
+    loss = pddm.ensemble_loss(net, *(v.expand(3, -1, -1) for v in (x, y, data.terminated)))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_training_lowers_the_error_of_a_linear_system():
-    torch.manual_seed(0)
-    replay, rng = pddm.Replay(200, BOX, "cpu"), np.random.default_rng(0)
-    for _ in range(200):
-        s, a = rng.normal(size=3), rng.uniform(-1, 1, 2)
-        replay.add(s, a, 0.0, s + np.append(0.5 * a, 0.0), False, 0)
-    args = replace(ARGS, hidden=32, epochs=40)
-    agent = pddm.Agent(BOX, replace(args, env_id="Pendulum-v1"))
-    pddm.fit(agent.model, torch.optim.Adam(agent.model.parameters(), 1e-2), replay.rows(), args)
-    data = replay.rows()
-    with torch.no_grad():
-        s2, *_ = agent.predict(data.s.expand(2, -1, -1), data.a.expand(2, -1, -1))
-    assert (s2 - data.s2).square().mean().sqrt() < 0.05 and torch.equal(s2[0, :, 2], data.s[:, 2])
+def test_members_see_all_rows_in_orders_of_their_own(monkeypatch):
+    net, seen, loss, data = ensemble(), [], pddm.ensemble_loss, transitions(60)
+    data.s2[:, 2] = data.s[:, 2] + 1  # a counter: its change is constant
+    monkeypatch.setattr(pddm, "ensemble_loss", lambda m, x, y, e: seen.append((x, y, e)) or loss(m, x, y, e))
+    args = replace(ARGS, epochs=2, batch_size=25)
+    mean_loss = pddm.fit(net, torch.optim.Adam(net.parameters(), 1e-30), data, args)
+    for name, column in (("input", torch.cat([data.s, data.a], 1)), ("target", data.s2 - data.s)):
+        mean, std = (getattr(net, f"{name}_{moment}").tolist() for moment in ("mean", "std"))
+        assert mean == pytest.approx(column.mean(0).tolist(), abs=1e-5)
+        assert std == pytest.approx(column.std(0, correction=0).tolist(), abs=1e-5)
+    assert [len(x[0]) for x, _, _ in seen] == [25, 25, 10] * 2
+    rows = torch.cat([*net.normalised(data), data.terminated], 1)
+    orders = []
+    for epoch in (seen[:3], seen[3:]):
+        for member in torch.cat([torch.cat(batch, -1) for batch in epoch], 1):
+            order = torch.cdist(member, rows).argmin(1)
+            assert torch.allclose(member, rows[order]) and len(order.unique()) == 60
+            orders.append(order.tolist())
+    assert len({tuple(order) for order in orders}) == 6
+    assert mean_loss == pytest.approx(np.mean([loss(net, *batch).item() / 3 for batch in seen]), rel=1e-4)
 
 
-@pytest.mark.parametrize("beta", [0.3, 0.9, 1.0])
-def test_filtered_noise_is_equation_4(beta):
-    u = torch.randn(5, 6, 2)
+def test_training_fits_a_linear_system_and_leaves_constants_alone():
+    data, args = transitions(200), replace(ARGS, hidden=32, epochs=20)
+    data.s[:, 2] = 1.0
+    data.s2[:] = data.s + F.pad(0.5 * data.a, (0, 1))
+    agent = pddm.Agent(Box(), args)
+    optimizer = torch.optim.Adam(agent.model.parameters(), 3e-3)
+    losses = [pddm.fit(agent.model, optimizer, data, args) for _ in range(2)]
+    states, _ = agent.imagine(data.s, data.a[:, None])
+    assert 0 < losses[1] < losses[0] < 3 and agent.model.input_std[2] == 1
+    assert (states[:, :, 0] - data.s2).square().mean().sqrt() < 0.1
+    assert (states[:, :, 0, 2] == data.s[:, 2]).all()  # exactly: no error of a network moves it
+
+
+@given(st.floats(0.05, 1), st.integers(1, 8), st.integers(0, 99))
+@settings(max_examples=40)
+def test_filtered_noise_is_an_exponential_average(beta, horizon, seed):
+    """n_t = Σ_{i ≤ t} β (1 − β)^{t−i} u_i."""
+    u = torch.randn(3, horizon, 2, generator=torch.Generator().manual_seed(seed))
     n = pddm.filtered_noise(u, beta)
-    for k in range(5):
-        last = np.zeros(2)
-        for t in range(6):
-            last = beta * u[k, t].numpy() + (1 - beta) * last
-            assert n[k, t].numpy() == pytest.approx(last, abs=1e-6)
+    for t in range(horizon):
+        expected = sum(beta * (1 - beta) ** (t - i) * u[:, i] for i in range(t + 1))
+        assert torch.allclose(n[:, t], expected, atol=1e-5)
+    if beta == 1:
+        assert torch.equal(n, u)
 
 
-def planner(monkeypatch, env=TOY, **changes):
-    monkeypatch.setitem(pddm.REWARDS, "Toy-v0", lambda s, a, s2: s2[..., 0])
-    return pddm.Agent(env, replace(ARGS, env_id="Toy-v0", **changes))
+def test_each_member_follows_its_own_predictions_up_to_the_end(monkeypatch):
+    agent, gains = planner(monkeypatch), torch.tensor([1.0, 2.0, -1.0])[:, None]
+    agent.predict = lambda s, a: (s + gains[..., None] * a, s[..., 0] + 10 * a[..., 0], s[..., 0] >= 2)
+    states, returns = agent.imagine(torch.zeros(2, 1), torch.tensor([[[1.0], [1.0], [0.5]], [[0.0], [-1.0], [1.0]]]))
+    assert states[..., 0].tolist() == [[[1, 2, 2.5], [0, -1, 0]], [[2, 4, 5], [0, -2, 0]], [[-1, -2, -2.5], [0, 1, 0]]]
+    # member 1 is at 2 when it takes its second action: that reward is its last
+    assert returns.tolist() == [[10 + 11 + 7, 0 - 10 + 9], [10 + 12, -10 + 8], [10 + 9 + 3, -10 + 11]]
 
 
-def linear(agent):
-    """Member b: s' = g_b s + a with g = 0.5 and 1.5."""
-    gains = torch.tensor([0.5, 1.5]).view(2, 1, 1)
-    agent.predict = lambda s, a: (gains * s + a, (gains * s + a)[..., 0], torch.zeros(s.shape[:-1], dtype=torch.bool))
-
-
-def test_each_member_imagines_on_its_own(monkeypatch):
-    agent = planner(monkeypatch)
-    linear(agent)
-    states, returns = agent.imagine(torch.ones(3, 1), torch.zeros(3, 3, 1))
-    assert states[:, 0, :, 0].tolist() == [[0.5, 0.25, 0.125], [1.5, 2.25, 3.375]]
-    assert returns[:, 2].tolist() == [0.875, 7.125]
-    agent.predict = lambda s, a: (s + 1, s[..., 0] + 1, s[..., 0] + 1 >= 2)
-    assert agent.imagine(torch.zeros(3, 1), torch.zeros(3, 5, 1))[1].tolist() == [[3.0] * 3] * 2  # 1 + 2, then the end
-
-
-@pytest.mark.parametrize("gamma", [0.5, 20.0])
-def test_the_mean_is_the_reward_weighted_mean_of_equation_2(gamma, monkeypatch):
-    torch.manual_seed(0)
-    agent = planner(monkeypatch, gamma=gamma, sigma=0.4, beta=0.6)
-    linear(agent)
-    agent.mean = torch.tensor([0.3, -0.2, 0.1, 0.0])[:, None]
-    before, s = agent.mean.clone(), torch.tensor([0.7])
-    actions, weights = agent.refine(s)
-    returns = []
-    for sequence in actions:
-        total = 0.0
-        for g in (0.5, 1.5):
-            state = 0.7
-            for a in sequence:
-                state = g * state + a.item()
-                total += state / 2
-        returns.append(total)
-    expected = np.exp(gamma * (np.array(returns) - max(returns)))
-    expected /= expected.sum()
-    assert weights.numpy() == pytest.approx(expected, abs=1e-4)
-    assert agent.mean[:, 0].numpy() == pytest.approx(expected @ actions[..., 0].numpy(), abs=1e-4)
-    assert ((actions >= -2) & (actions <= 1)).all()
-    many = planner(monkeypatch, candidates=20_000, sigma=0.1, beta=0.6)
-    linear(many)
-    many.mean = before
-    actions, _ = many.refine(s)
-    noise = actions - before
-    stds = [0.15 * 0.6 * math.sqrt(sum(0.4 ** (2 * i) for i in range(t + 1))) for t in range(4)]  # half the box is 1.5
-    assert noise.std(0)[:, 0].tolist() == pytest.approx(stds, rel=0.05) and noise.mean().abs() < 0.01
-
-
-def test_the_planner_shifts_its_mean_and_survives_nan(monkeypatch):
-    agent = planner(monkeypatch)
-    assert agent.mean.flatten().tolist() == [-0.5] * 4  # the centre of the box
-    plan = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None]
-    with monkeypatch.context() as patch:
-        patch.setattr(agent, "refine", lambda s: setattr(agent, "mean", plan))
-        assert agent(np.zeros(1)) == pytest.approx(0.1)
-    assert agent.mean.flatten().tolist() == pytest.approx([0.2, 0.3, 0.4, 0.4])
-
-    def overflow(s, a):
-        good = torch.arange(s.shape[1]) == 3
-        return s, torch.where(good, a[..., 0], math.nan), torch.zeros(s.shape[:-1], dtype=torch.bool)
-
-    agent.predict = overflow
-    _, weights = agent.refine(torch.zeros(1))
-    assert weights[3] == 1 and agent.mean.isfinite().all()
-    agent.reset()
-    assert agent.mean.flatten().tolist() == [-0.5] * 4
+def test_predictions_are_in_the_units_of_the_state(monkeypatch):
+    agent = planner(monkeypatch, reward=lambda s, a, s2: 100 * s[..., 0] + 10 * a[..., 0] + s2[..., 0])
+    net = agent.model
+    net.input_mean[:], net.input_std[:] = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0])
+    net.target_mean[0], net.target_std[0] = 0.25, 0.5
+    net.forward = lambda x: (3 * x[..., :1] + x[..., 1:], x[..., 0])
+    s2, r, terminated = agent.predict(torch.tensor([[[2.0]]]), torch.tensor([[[-1.0]]]))
+    expected = 2 + (3 * (2 - 1) / 2 + (-1 - 2) / 4) * 0.5 + 0.25
+    assert (s2.item(), r.item(), terminated.item()) == pytest.approx((expected, 200 - 10 + expected, False))
 
 
 def test_reward_and_end_are_learned_where_the_task_is_unknown():
-    agent = pddm.Agent(TOY, replace(ARGS, env_id="Unknown-v0"))
-    agent.model.forward = lambda x: (torch.cat([x[..., 1:], 7 * x[..., :1]], -1), x[..., 0] - 1)
-    s2, r, terminated = agent.predict(torch.tensor([[[0.5], [2.0]]]), torch.ones(1, 2, 1))
-    assert s2.flatten().tolist() == [1.5, 3.0] and r.flatten().tolist() == [3.5, 14.0]
-    assert terminated.flatten().tolist() == [False, True]
+    agent = pddm.Agent(Toy(), replace(ARGS, env_id="Unknown-v0"))
+    agent.model.target_std.copy_(torch.tensor([1.0, 2.0]))
+    agent.model.forward = lambda x: (torch.stack([x[..., 1], 7 * x[..., 0]], -1), x[..., 0] - 1)
+    s2, r, terminated = agent.predict(torch.tensor([[[0.5], [1.0], [2.0]]]), torch.ones(1, 3, 1))
+    assert s2.flatten().tolist() == [1.5, 2, 3] and r.tolist() == [[7, 14, 28]] and terminated.tolist() == [[0, 0, 1]]
+
+
+def test_the_mean_is_weighted_by_the_members_mean_returns(monkeypatch):
+    agent = planner(monkeypatch, candidates=5, gamma=2.0)
+    returns = torch.tensor([[0.0, 1.0, 900.0, math.nan, 2.0], [0.4, 0.0, -900.0, 3.0, 2.0], [0.2, 0.5, 0.0, 3.0, -4.0]])
+    agent.imagine = lambda s, actions: (None, returns) if (s == 0.75).all() and len(s) == 5 else None
+    torch.manual_seed(0)
+    actions, weights = agent.refine(torch.tensor([0.75]))
+    expected = [math.exp(2 * r) for r in (0.2, 0.5, 0.0, -math.inf, 0.0)]  # a return that is no number is the worst
+    expected = [w / sum(expected) for w in expected]
+    mean = sum(w * a for w, a in zip(expected, actions, strict=True)).flatten().tolist()
+    assert weights.tolist() == pytest.approx(expected, rel=1e-5) and agent.mean.flatten().tolist() == pytest.approx(
+        mean
+    )
+    torch.manual_seed(0)
+    agent.reset()
+    assert agent(np.array([0.75])).tolist() == pytest.approx(mean[:1])  # the first action, then the shift
+    assert agent.mean.flatten().tolist() == pytest.approx([*mean[1:], mean[-1]])
+
+
+def test_candidates_are_the_clipped_mean_plus_filtered_noise(monkeypatch):
+    agent = planner(monkeypatch, candidates=4_000, sigma=0.1, beta=0.6)
+    agent.imagine = lambda s, actions: (None, torch.zeros(3, len(s)))
+    assert agent.mean.flatten().tolist() == [-0.5] * 4  # the centre of the box
+    agent.mean = torch.tensor([[-0.5], [0.0], [0.3], [0.9]])
+    torch.manual_seed(0)
+    actions = agent.refine(torch.zeros(1))[0][..., 0]
+    stds = [0.1 * 1.5 * 0.6 * math.sqrt(sum(0.4 ** (2 * i) for i in range(t + 1))) for t in range(3)]
+    assert actions[:, :3].mean(0).tolist() == pytest.approx([-0.5, 0.0, 0.3], abs=0.01)
+    assert actions[:, :3].std(0).tolist() == pytest.approx(stds, rel=0.05)
+    assert np.corrcoef(actions[:, :2].T)[0, 1] == pytest.approx(0.4 * stds[0] / stds[1], abs=0.05)
+    assert actions.min() >= -2 and (actions == 1).sum() > 100 and actions.max() == 1
 
 
 @pytest.mark.parametrize("env_id", pddm.REWARDS)
 def test_rewards_are_the_environments_own(env_id):
     env = pddm.make_env(replace(ARGS, env_id=env_id))
     env.action_space.seed(0)
-    s, _ = env.reset(seed=0)
+    s2, _ = env.reset(seed=0)
     for _ in range(40):
-        a = env.action_space.sample()
+        s, a = s2, env.action_space.sample()
         s2, r, *_ = env.step(a)
         row = (torch.as_tensor(x, dtype=torch.float64) for x in (s, a, s2))
         assert pddm.REWARDS[env_id](*row).item() == pytest.approx(r, abs=1e-4)
-        s = s2
+
+
+class Counter(Toy):
+    """The state counts the steps; every episode ends after 30 of them."""
+
+    def reset(self, *, seed=None, options=None):
+        self.s = np.zeros(1, np.float32)
+        return self.s, {}
+
+    def step(self, a):
+        self.s = self.s + 1
+        return self.s, float(a[0]), self.s[0] == 30, False, {}
+
+
+gym.register("Counter-v0", Counter, max_episode_steps=100)
+
+
+def test_training_follows_algorithm_1(monkeypatch, tmp_path):
+    sizes, planned, fit = [], [], pddm.fit
+    monkeypatch.setattr(pddm, "fit", lambda *args: sizes.append(len(args[2].s)) or fit(*args))
+    monkeypatch.setattr(pddm, "heldout_metrics", lambda agent, replay, first: {"model/first_new_row": first})
+    monkeypatch.setattr(pddm.Agent, "forward", lambda agent, obs: planned.append(obs[0]) or np.ones(1, np.float32))
+    monkeypatch.setattr(pddm.Run, "evaluate", lambda *_: None)
+    flags = "--env-id Counter-v0 --total-timesteps 100 --random-steps 25 --refit-every 20 --epochs 1"
+    pddm.main([*flags.split(), "--picture-every", "1000", "--run-dir", str(tmp_path / "run")])
+    s, a, r, s2, terminated, episode = checkpoint(tmp_path / "run")["replay"]["rows"].T
+    curves, steps = scalars(tmp_path / "run"), torch.arange(100)
+    assert sizes == list(curves["losses/model"]) == [25, 45, 65, 85]
+    assert curves["model/first_new_row"] == {45: 25, 65: 45, 85: 65}
+    assert planned[:75] == s[25:].tolist() == (steps % 30)[25:].tolist()
+    assert torch.equal(s2, steps % 30 + 1.0) and torch.equal(r, a) and torch.equal(episode, steps // 30 * 30.0)
+    assert torch.equal(terminated, (steps % 30 == 29).float())
+    assert len(a[:25].unique()) == 25 and a[25:].unique() == 1 and -2 <= a.min() < -1 and 0 < a[:25].max() <= 1
 
 
 def test_heldout_metrics_on_known_models():
-    """A model that counts steps errs only across episodes; members that differ by 1 have the std 0.5."""
-    replay = filled()
-    replay.data[:, :2] = replay.data[:, 6:8] = 0.0
-    replay.data[:, 2] += 100 * replay.data[:, -1]
-    replay.data[:, 8] = replay.data[:, 2] + 1
-    agent = pddm.Agent(BOX, replace(ARGS, env_id="Pendulum-v1"))
-    steps = torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 1.5]])[:, None]
-    agent.predict = lambda s, a: (s + steps, s[..., 0], torch.zeros(s.shape[:-1], dtype=torch.bool))
+    """A counter that the members advance by 1, 1.5 and 2 is off by 0.5 h after h steps."""
+    replay = pddm.Replay(60, Box(), "cpu")
+    for i in range(60):
+        s = np.array([0.0, 0.0, i + 100 * (i // 7)])
+        replay.add(s, np.zeros(2), 0.0, np.append(s[:2], s[2] + 1), False, i - i % 7)
+    agent = pddm.Agent(Box(), ARGS)
+    advance = torch.zeros(3, 1, 3)
+    advance[:, 0, 2] = torch.tensor([1, 1.5, 2])
+    agent.model.forward = lambda x: (advance.expand(-1, x.shape[1], -1), x[..., 0])
     metrics, scale = pddm.heldout_metrics(agent, replay, 20), replay.rows().s[:, 2].std().item()
-    assert metrics["model/open_loop_error_1"] == metrics["model/open_loop_error_5"] == pytest.approx(0, abs=1e-5)
-    assert metrics["model/disagreement"] == pytest.approx(0.5 / scale / 3) and "model/open_loop_error_20" not in metrics
-    data = replay.rows(slice(20, None))
-    batch = [x.expand(2, *x.shape) for x in (*agent.model.normalised(data), data.terminated)]
-    assert metrics["model/heldout_loss"] == pytest.approx(pddm.ensemble_loss(agent.model, *batch).item() / 2)
-
-
-def test_the_model_is_trained_regularly(monkeypatch, tmp_path):
-    sizes, fit = [], pddm.fit
-    monkeypatch.setattr(pddm, "fit", lambda *args: sizes.append(len(args[2].s)) or fit(*args))
-    flags = "--total-timesteps 400 --random-steps 150 --refit-every 100 --epochs 1 --candidates 9 --episodes 1"
-    pddm.main(["pendulum", *flags.split(), "--run-dir", str(tmp_path / "run")])
-    assert sizes == [150, 250, 350]
+    for h in (1, 5):
+        assert metrics[f"model/open_loop_error_{h}"] == pytest.approx(0.5 * h / scale / 3, rel=1e-3)
+    assert "model/open_loop_error_20" not in metrics
+    assert metrics["model/disagreement"] == pytest.approx(math.sqrt(1 / 6) / scale / 3, rel=1e-3)
+    assert metrics["model/heldout_loss"] == pytest.approx((0.5**2 + 1) / 9, rel=1e-4)
