@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import checkpoint, module, scalars
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -49,8 +49,7 @@ def planner(monkeypatch, reward=lambda s, a, s2: s2[..., 0], **changes):
 @pytest.mark.parametrize("learn_reward", [False, True])
 def test_the_batched_ensemble_is_its_members_one_by_one(layers, learn_reward):
     net, inputs = ensemble(learn_reward, layers=layers), torch.randn(3, 7, 5)
-    before = inputs.clone()
-    output, logit = net(inputs)
+    output, logit = net(before := inputs.clone())
     assert torch.equal(inputs, before) and len(net.weights) == layers + 1
     for b in range(3):
         x = inputs[b]
@@ -80,9 +79,8 @@ def test_the_loss_is_the_members_squared_error_written_out(learn_reward):
         output, logit = net(inputs.expand(3, 1, -1))
         targets = [*(data.s2[n] - data.s[n]), *data.r[n]][: 3 + learn_reward]
         for b in range(3):
-            for i, target in enumerate(targets):
-                error = (target - net.target_mean[i]) / net.target_std[i] - output[b, 0, i]
-                expected += error**2 / 6 / len(targets)
+            for target, m, d, f in zip(targets, net.target_mean, net.target_std, output[b, 0], strict=True):
+                expected += ((target - m) / d - f) ** 2 / 6 / len(targets)
             if learn_reward:
                 expected -= torch.distributions.Bernoulli(logits=logit[b, 0]).log_prob(data.terminated[n, 0]) / 6
     loss = pddm.ensemble_loss(net, *(v.expand(3, -1, -1) for v in (x, y, data.terminated)))
@@ -101,13 +99,10 @@ def test_members_see_all_rows_in_orders_of_their_own(monkeypatch):
         assert std == pytest.approx(column.std(0, correction=0).tolist(), abs=1e-5)
     assert [len(x[0]) for x, _, _ in seen] == [25, 25, 10] * 2
     rows = torch.cat([*net.normalised(data), data.terminated], 1)
-    orders = []
-    for epoch in (seen[:3], seen[3:]):
-        for member in torch.cat([torch.cat(batch, -1) for batch in epoch], 1):
-            order = torch.cdist(member, rows).argmin(1)
-            assert torch.allclose(member, rows[order]) and len(order.unique()) == 60
-            orders.append(order.tolist())
-    assert len({tuple(order) for order in orders}) == 6
+    epochs = [torch.cat([torch.cat(batch, -1) for batch in epoch], 1) for epoch in (seen[:3], seen[3:])]
+    orders = [torch.cdist(member, rows).argmin(1) for member in torch.cat(epochs)]
+    assert torch.allclose(torch.cat(epochs), rows[torch.stack(orders)]) and all(len(o.unique()) == 60 for o in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 6
     assert mean_loss == pytest.approx(np.mean([loss(net, *batch).item() / 3 for batch in seen]), rel=1e-4)
 
 
@@ -125,7 +120,6 @@ def test_training_fits_a_linear_system_and_leaves_constants_alone():
 
 
 @given(st.floats(0.05, 1), st.integers(1, 8), st.integers(0, 99))
-@settings(max_examples=40)
 def test_filtered_noise_is_an_exponential_average(beta, horizon, seed):
     """n_t = Σ_{i ≤ t} β (1 − β)^{t−i} u_i."""
     u = torch.randn(3, horizon, 2, generator=torch.Generator().manual_seed(seed))
@@ -133,8 +127,6 @@ def test_filtered_noise_is_an_exponential_average(beta, horizon, seed):
     for t in range(horizon):
         expected = sum(beta * (1 - beta) ** (t - i) * u[:, i] for i in range(t + 1))
         assert torch.allclose(n[:, t], expected, atol=1e-5)
-    if beta == 1:
-        assert torch.equal(n, u)
 
 
 def test_each_member_follows_its_own_predictions_up_to_the_end(monkeypatch):
@@ -142,7 +134,7 @@ def test_each_member_follows_its_own_predictions_up_to_the_end(monkeypatch):
     agent.predict = lambda s, a: (s + gains[..., None] * a, s[..., 0] + 10 * a[..., 0], s[..., 0] >= 2)
     states, returns = agent.imagine(torch.zeros(2, 1), torch.tensor([[[1.0], [1.0], [0.5]], [[0.0], [-1.0], [1.0]]]))
     assert states[..., 0].tolist() == [[[1, 2, 2.5], [0, -1, 0]], [[2, 4, 5], [0, -2, 0]], [[-1, -2, -2.5], [0, 1, 0]]]
-    # member 1 is at 2 when it takes its second action: that reward is its last
+    # the second member's first state is terminal, so that it earns two rewards
     assert returns.tolist() == [[10 + 11 + 7, 0 - 10 + 9], [10 + 12, -10 + 8], [10 + 9 + 3, -10 + 11]]
 
 
@@ -174,9 +166,8 @@ def test_the_mean_is_weighted_by_the_members_mean_returns(monkeypatch):
     expected = [math.exp(2 * r) for r in (0.2, 0.5, 0.0, -math.inf, 0.0)]  # a return that is no number is the worst
     expected = [w / sum(expected) for w in expected]
     mean = sum(w * a for w, a in zip(expected, actions, strict=True)).flatten().tolist()
-    assert weights.tolist() == pytest.approx(expected, rel=1e-5) and agent.mean.flatten().tolist() == pytest.approx(
-        mean
-    )
+    assert weights.tolist() == pytest.approx(expected, rel=1e-5)
+    assert agent.mean.flatten().tolist() == pytest.approx(mean)
     torch.manual_seed(0)
     agent.reset()
     assert agent(np.array([0.75])).tolist() == pytest.approx(mean[:1])  # the first action, then the shift
@@ -221,7 +212,7 @@ class Counter(Toy):
         return self.s, float(a[0]), self.s[0] == 30, False, {}
 
 
-gym.register("Counter-v0", Counter, max_episode_steps=100)
+gym.register("Counter-v1", Counter, max_episode_steps=100)
 
 
 def test_training_follows_algorithm_1(monkeypatch, tmp_path):
@@ -230,7 +221,7 @@ def test_training_follows_algorithm_1(monkeypatch, tmp_path):
     monkeypatch.setattr(pddm, "heldout_metrics", lambda agent, replay, first: {"model/first_new_row": first})
     monkeypatch.setattr(pddm.Agent, "forward", lambda agent, obs: planned.append(obs[0]) or np.ones(1, np.float32))
     monkeypatch.setattr(pddm.Run, "evaluate", lambda *_: None)
-    flags = "--env-id Counter-v0 --total-timesteps 100 --random-steps 25 --refit-every 20 --epochs 1"
+    flags = "--env-id Counter-v1 --total-timesteps 100 --random-steps 25 --refit-every 20 --epochs 1"
     pddm.main([*flags.split(), "--picture-every", "1000", "--run-dir", str(tmp_path / "run")])
     s, a, r, s2, terminated, episode = checkpoint(tmp_path / "run")["replay"]["rows"].T
     curves, steps = scalars(tmp_path / "run"), torch.arange(100)
@@ -249,8 +240,7 @@ def test_heldout_metrics_on_known_models():
         s = np.array([0.0, 0.0, i + 100 * (i // 7)])
         replay.add(s, np.zeros(2), 0.0, np.append(s[:2], s[2] + 1), False, i - i % 7)
     agent = pddm.Agent(Box(), ARGS)
-    advance = torch.zeros(3, 1, 3)
-    advance[:, 0, 2] = torch.tensor([1, 1.5, 2])
+    advance = torch.tensor([1, 1.5, 2]).view(3, 1, 1) * torch.eye(3)[2]
     agent.model.forward = lambda x: (advance.expand(-1, x.shape[1], -1), x[..., 0])
     metrics, scale = pddm.heldout_metrics(agent, replay, 20), replay.rows().s[:, 2].std().item()
     for h in (1, 5):
