@@ -31,9 +31,9 @@ Usage (return: mean and 95 % interval over seeds; docs/mbpo.md has the curves):
     python algos/mbpo.py --env-id my_module:MyEnv-v0        # any Gymnasium task: its termination is learned too
     python algos/mbpo.py --evaluate runs/NAME --episodes 10 --capture-video
 
-Differences from the paper and its code: the two pendulums have policies and critics of 128 units, not 256; an update
-trains the critics first, then policy and temperature; every elite gets equally many rows of a batch; a transition
-enters D_env at once; where TERMINAL does not know when an episode of a task terminates, the ensemble learns it.
+Differences from the paper and its code: the networks of the two pendulums are smaller (hopper has the paper's
+sizes); an update trains the critics first, then policy and temperature; every elite gets equally many rows of a batch;
+a transition enters D_env at once; where TERMINAL does not know when an episode terminates, the ensemble learns it.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     members: int = 7  # networks in the ensemble
     elites: int = 5  # members with the lowest held-out error, the only ones that imagine
     model_layers: int = 4  # hidden layers per member
-    model_hidden: int = 200  # units per hidden layer of a member
+    model_hidden: int = 100  # units per hidden layer of a member
     model_learning_rate: float = 1e-3  # Adam's step size for the ensemble
     model_batch_size: int = 256  # transitions per minibatch and member
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # λ of ½ λ ‖w‖², one number per layer
@@ -123,12 +123,13 @@ class Args:  # tyro turns each field into a flag and each comment into its help
 
 
 PRESETS = {
-    "invertedpendulum": ("the paper's InvertedPendulum with smaller policy and critics: a pole kept upright", Args()),
+    "invertedpendulum": ("the paper's InvertedPendulum with smaller networks: a pole kept upright", Args()),
     "pendulum": ("Pendulum-v1: swing up and balance within 4,000 steps", Args(
-        "Pendulum-v1", 4_000, random_steps=400, epoch_steps=200, model_every=200, rollouts=80_000)),
+        "Pendulum-v1", 4_000, random_steps=400, epoch_steps=200, model_every=200, rollouts=80_000,
+        model_hidden=200)),
     "hopper": ("Hopper-v5 at the official code's settings: k grows to 11 (15 in epoch 150); hours", Args(
         "Hopper-v5", 125_000, random_steps=5_000, epoch_steps=1_000, rollout_schedule=(20, 150, 1, 15), updates=20,
-        hidden=256, eval_every=1_000, picture_every=5_000, checkpoint_every=10_000)),
+        hidden=256, model_hidden=200, eval_every=1_000, picture_every=5_000, checkpoint_every=10_000)),
 }  # fmt: skip
 
 

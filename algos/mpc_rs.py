@@ -103,7 +103,7 @@ PRESETS = {
     "pendulum": ("Pendulum-v1: swing up and balance within 2,000 steps", Args()),
     "halfcheetah": ("HalfCheetah-v5 at the paper's sizes: for a GPU", Args(
         "HalfCheetah-v5", 73_000, candidates=1_000, horizon=20, random_steps=10_000, refit_every=9_000, epochs=60,
-        batch_size=512, layers=2, hidden=500, eval_every=9_000, picture_every=9_000, episodes=3)),
+        batch_size=512, layers=2, hidden=500, eval_every=9_000, picture_every=9_000, episodes=1)),
 }  # fmt: skip
 
 

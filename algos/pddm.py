@@ -106,11 +106,11 @@ class Args:  # tyro turns each field into a flag and each comment into its help
 PRESETS = {
     "pendulum": ("Pendulum-v1: swing up and balance within 2,000 steps", Args()),
     "reacher": ("Reacher-v5: a two-link arm to a random target", Args(
-        "Reacher-v5", 3_000, candidates=200, horizon=15, sigma=0.3, beta=0.7, gamma=30.0, random_steps=500,
+        "Reacher-v5", 3_000, candidates=200, horizon=15, sigma=0.2, beta=0.7, gamma=10.0, random_steps=500,
         refit_every=500, hidden=200, picture_every=500, episodes=20)),
     "halfcheetah": ("HalfCheetah-v5 at the official sizes: for a GPU", Args(
         "HalfCheetah-v5", 170_000, candidates=700, sigma=0.9, beta=0.9, gamma=1.0, random_steps=20_000,
-        refit_every=3_000, batch_size=512, hidden=250, eval_every=15_000, picture_every=15_000, episodes=3)),
+        refit_every=3_000, batch_size=512, hidden=250, eval_every=15_000, picture_every=15_000, episodes=1)),
 }  # fmt: skip
 
 
@@ -255,18 +255,18 @@ class Agent(nn.Module):
 @torch.inference_mode()
 def heldout_metrics(agent: Agent, replay: "Replay", first: int) -> dict[str, float]:
     """On the rows from `first` on, which the model has not been trained on yet; states in units of their std."""
-    data, scale = replay.rows(slice(first, None)), replay.rows().s.std(0).clamp(min=1e-6)
-    batch = [x.expand(agent.model.members, *x.shape) for x in (*agent.model.normalised(data), data.terminated)]
-    metrics = {"model/heldout_loss": ensemble_loss(agent.model, *batch).item() / agent.model.members}
+    model, data, scale = agent.model, replay.rows(slice(first, None)), replay.rows().s.std(0).clamp(min=1e-6)
+    batch = [column.expand(model.members, *column.shape) for column in (*model.normalised(data), data.terminated)]
+    metrics = {
+        "model/heldout_loss": ensemble_loss(model, *batch).item() / model.members,
+        "model/disagreement": model(batch[0])[0].std(0, correction=0).mean().item(),
+    }
     for h in (1, 5, 20):  # start in a real state and take the actions that were taken there, without looking
         starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()[:200]
         if len(starts):
             rows = starts[:, None] + torch.arange(h, device=starts.device)
-            states = agent.imagine(data.s[starts], data.a[rows])[0][:, :, -1]
-            error = ((states.mean(0) - data.s2[rows[:, -1]]) / scale).abs().mean()
-            metrics[f"model/open_loop_error_{h}"] = error.item()
-            if h == 1:
-                metrics["model/disagreement"] = (states.std(0, correction=0) / scale).mean().item()
+            predicted = agent.imagine(data.s[starts], data.a[rows])[0][:, :, -1].mean(0)
+            metrics[f"model/open_loop_error_{h}"] = ((predicted - data.s2[rows[:, -1]]) / scale).abs().mean().item()
     return metrics
 
 
@@ -275,29 +275,26 @@ def draw_plan(agent: Agent, replay: "Replay") -> Figure:
     """A planning step of the last episode: the candidates, their weighted mean, and what then happened."""
     data = replay.rows()
     s = data.s[data.episode[:, 0] == data.episode[-1]]
-    first = min(5, len(s) - 1)
+    now = min(5, len(s) - 1)
     agent.reset()
-    for obs in s[:first].cpu().numpy():  # plan as in the episode, up to the step that is drawn
+    for obs in s[:now].cpu().numpy():  # plan as in the episode, up to the step that is drawn
         agent(obs)
-    actions, weights = agent.refine(s[first])
+    actions, weights = agent.refine(s[now])
     order = weights[:200].argsort()  # the heaviest candidate on top
-    paths = torch.cat([agent.mean[None], actions[order]])
-    paths, _ = agent.imagine(s[first].expand(len(paths), -1), paths)
-    paths = torch.cat([s[first].expand(paths.shape[1], 1, -1), paths.mean(0)], 1).cpu()  # the members' mean
-    happened, steps = s[first : first + paths.shape[1]].cpu(), torch.arange(first, first + paths.shape[1])
+    actions, weights = torch.cat([actions[order], agent.mean[None]]), (weights[order] / weights.max()).clamp(min=1e-3)
+    states = agent.imagine(s[now].expand(len(actions), -1), actions)[0].mean(0).cpu()
+    steps, happened = range(now + 1, now + 1 + states.shape[1]), s[now + 1 : now + 1 + states.shape[1]].cpu()
     figure = Figure(figsize=(8, 6), layout="constrained")
     grid = figure.subplots(min(4, s.shape[1]), sharex=True, squeeze=False)[:, 0]
     for i, axes in enumerate(grid):
-        lines = [torch.stack([steps, path[:, i]], -1) for path in paths[1:]]
-        cloud = LineCollection(lines, array=weights[order].cpu(), cmap="YlOrRd", norm="log", linewidths=0.7)
-        cloud.set_clim(1e-3 * weights.max().item(), weights.max().item())
+        lines = [list(zip(steps, path, strict=True)) for path in states[:-1, :, i]]
+        cloud = LineCollection(lines, array=weights.cpu(), cmap="YlOrRd", norm="log", linewidths=0.7)
         axes.add_collection(cloud)
-        axes.plot(steps, paths[0, :, i], color="tab:blue", linewidth=3, label="prediction for the weighted mean")
+        axes.plot(steps, states[-1, :, i], color="tab:blue", linewidth=3, label="prediction for the weighted mean")
         axes.plot(steps[: len(happened)], happened[:, i], "k--", label="what then happened")
         axes.set(ylabel=f"s[{i}]")
-        axes.autoscale()
     axes.set_xlabel("step of the episode")
-    figure.colorbar(cloud, ax=grid, label="weight of a candidate (the colour of its prediction)")
+    figure.colorbar(cloud, ax=grid, label="candidates' predictions, coloured by weight (relative to the largest)")
     figure.legend(handles=axes.lines, loc="outside lower center", ncols=2)
     figure.suptitle(f"step {replay.size:,}: one plan of {agent.args.horizon} steps and its candidates")
     return figure

@@ -26,15 +26,15 @@ from figure_runs import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 4  # of CEM, each with a quarter of the candidates
-ELITES = 0.1  # share of the candidates
+ELITES = 0.2  # share of the candidates
 
 
 @dataclass
 class Args:
     seeds: int = 5  # training runs
-    episodes: int = 20  # test episodes per run and planner
+    episodes: int = 10  # test episodes per run and planner
     runs: Path = Path("runs/pddm_figures")  # where the runs are kept
-    flags: str = ""  # further settings of every run
+    flags: str = ""  # further settings of every run, such as --flags="--hidden 100"
     out: Path = ROOT  # the results are written under this folder
 
 
@@ -99,9 +99,8 @@ def main(args: Args) -> None:
     for seed in range(1, args.seeds + 1):
         folder = args.runs / f"reacher_{seed}"
         if not (folder / "finished").exists():
-            words = [] if not (folder / "checkpoint.pt").exists() else ["--resume", str(folder)]
-            words = words or ["reacher", "--seed", str(seed), "--eval-every", "1000000", "--run-dir", str(folder)]
-            pddm.main([*words, *args.flags.split()])
+            begin = f"reacher --seed {seed} --eval-every 1000000 --episodes 1 {args.flags} --run-dir {folder}"
+            pddm.main((f"--resume {folder}" if (folder / "checkpoint.pt").exists() else begin).split())
             (folder / "finished").touch()
         agent = pddm.load_policy(folder)
         env = pddm.make_env(agent.args)

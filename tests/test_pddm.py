@@ -246,5 +246,5 @@ def test_heldout_metrics_on_known_models():
     for h in (1, 5):
         assert metrics[f"model/open_loop_error_{h}"] == pytest.approx(0.5 * h / scale / 3, rel=1e-3)
     assert "model/open_loop_error_20" not in metrics
-    assert metrics["model/disagreement"] == pytest.approx(math.sqrt(1 / 6) / scale / 3, rel=1e-3)
+    assert metrics["model/disagreement"] == pytest.approx(math.sqrt(1 / 6) / 3, rel=1e-3)
     assert metrics["model/heldout_loss"] == pytest.approx((0.5**2 + 1) / 9, rel=1e-4)
