@@ -24,7 +24,7 @@ The algorithm (Algorithm 1 of the paper):
 Symbols: f̂_θ → Network, K → candidates, H → horizon, D_RAND → the first random_steps rows of replay, D_RL → the others.
 
 Usage (return: mean and 95 % interval over seeds; docs/mpc_rs.md has the curves):
-    python algos/mpc_rs.py                                  # not measured yet
+    python algos/mpc_rs.py                                  # 5.2 minutes, return −189 [−214, −165]
     python algos/mpc_rs.py halfcheetah                      # not measured yet
     python algos/mpc_rs.py --env-id my_module:MyEnv-v0      # any Gymnasium task: its reward and end are learned too
     python algos/mpc_rs.py --evaluate runs/NAME --episodes 10 --capture-video

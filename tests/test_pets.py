@@ -215,9 +215,10 @@ def test_the_planner_averages_particles_shifts_its_plan_and_survives_nan(monkeyp
     assert agent(np.zeros(1)) == pytest.approx(0.1)
     assert agent.mean.flatten().tolist() == pytest.approx([0.2, 0.3, 0.4, 0.0])
     assert torch.allclose(scored[0], 1.5 * actions.sum((1, 2)))
-    agent.predict = lambda s, a: (s, a[..., 0] * math.nan, torch.zeros(len(s), dtype=torch.bool))
-    agent(np.zeros(1))
-    assert (scored[1] == -1e30).all()
+    for bad in (math.nan, math.inf, -math.inf):
+        agent.predict = lambda s, a, r=bad: (s, torch.full((len(s),), r), torch.zeros(len(s), dtype=torch.bool))
+        agent(np.zeros(1))
+        assert (scored[-1] == -1e30).all()
     agent = planner(monkeypatch, Env(1, [0.2], [1]))
     agent(np.zeros(1))
     assert agent.mean[-1].item() == pytest.approx(0.2)  # the action closest to 0
@@ -273,11 +274,12 @@ def test_the_cart_pole_obeys_its_equations_of_motion():
 
 
 def test_the_model_is_trained_after_each_trial(monkeypatch, tmp_path):
-    sizes, fit = [], pets.fit
+    sizes, firsts, fit, metrics = [], [], pets.fit, pets.heldout_metrics
     monkeypatch.setattr(pets, "fit", lambda *args: sizes.append(len(args[2].s)) or fit(*args))
+    monkeypatch.setattr(pets, "heldout_metrics", lambda *args: firsts.append(args[2]) or metrics(*args))
     flags = "--random-steps 150 --refit-every 100 --epochs 1 --candidates 9 --iterations 1 --elites 2 --episodes 1"
     pets.main(["pendulum", "--total-timesteps", "400", "--run-dir", str(tmp_path / "run"), *flags.split()])
-    assert sizes == [150, 250, 350]
+    assert sizes == [150, 250, 350] and firsts == [150, 250]
 
 
 def test_heldout_metrics_on_known_models():
