@@ -121,8 +121,8 @@ def test_stopped_and_continued_equals_one_run_to_the_bit(name, whole, tmp_path, 
         if self.step == 250:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(module(name).Run, "count_step", stop_at_step_250)
-    with pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(module(name).Run, "count_step", stop_at_step_250)
         run(name, "", tmp_path / "run")
     assert stopped.value.code == 128 + signal.SIGTERM and checkpoint(tmp_path / "run")["step"] == 400
     assert differences(learned(resume(name, tmp_path / "run")), learned(checkpoint(whole(name)))) == []
