@@ -65,7 +65,7 @@ ALGORITHM = "vin"
 @dataclass
 class Args:  # tyro turns each field into a flag and each comment into its help
     env_id: str = "Maze8-v0"  # a maze environment with a method sample(count, test, generator), see class Maze
-    total_timesteps: int = 6_000  # updates
+    total_timesteps: int = 6_000  # gradient updates
     data: Optional[str] = None  # train and test on the mazes of this .npz in the layout of the public gridworld data
     mazes: int = 5_000  # number of training mazes
     test_mazes: int = 1_000  # number of test mazes

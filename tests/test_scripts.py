@@ -30,7 +30,8 @@ TINY = {
     "mbpo": "--random-steps 100 --model-every 100 --rollouts 100 --hidden 16 --model-hidden 16 --updates 1",
     "mage": "--random-steps 100 --model-every 50 --hidden 16 --model-hidden 16 --updates 1 --batch-size 32",
     # An epoch has 200 updates.
-    "vin": "--env-id Maze8-v0 --mazes 800 --batch-mazes 4 --batch-cells 5 --test-mazes 20 --iterations 3",
+    "vin": "--env-id Maze8-v0 --mazes 800 --batch-mazes 4 --batch-cells 5 --test-mazes 20 --iterations 3 "
+    "--reward-channels 9",
 }
 COMMON = "--env-id Pendulum-v1 --total-timesteps 800 --eval-every 400 --episodes 1 --picture-every 400"
 every_file = pytest.mark.parametrize("name", LEAN)
