@@ -27,8 +27,8 @@ A step is one update; an epoch, in which each maze is seen once, plays the part 
 Usage (share of the walks in unseen mazes that reach the goal; docs/vin.md has the curves):
     python algos/vin.py                                     # not measured yet
     python algos/vin.py maze16                              # not measured yet
-    python algos/vin.py maze28                              # not measured yet
-    python algos/vin.py --data gridworld_8x8.npz            # not measured yet
+    python algos/vin.py maze28                              # mazes of 28 × 28 cells
+    python algos/vin.py --data gridworld_8x8.npz            # the public mazes
     python algos/vin.py --evaluate runs/NAME --episodes 10 --capture-video
 
 Differences from the paper and its code: the step size falls steadily, not in four stages; the first convolution
@@ -206,7 +206,7 @@ class Agent(nn.Module):
         q = reward
         for _ in range(iterations):
             # V̄(i, j) = max_ā Q̄(ā, i, j)
-            v = q.amax(1, keepdim=True)
+            v = q.max(1, keepdim=True).values
             # Q̄(ā, i, j) = Σ_{i', j'} W_R(ā, i', j') R̄(i + i', j + j') + W_V(ā, i', j') V̄(i + i', j + j')
             q = reward + self.w_v(v)
         return q

@@ -236,7 +236,7 @@ def wide_plan(agent: vin.Agent, images: torch.Tensor, iterations: int) -> torch.
     kernel = torch.cat([agent.w_r.weight, agent.w_v.weight], 1)
     q = agent.w_r(reward)
     for _ in range(iterations):
-        q = torch.nn.functional.conv2d(torch.cat([reward, q.amax(1, keepdim=True)], 1), kernel, padding=1)
+        q = torch.nn.functional.conv2d(torch.cat([reward, q.max(1, keepdim=True).values], 1), kernel, padding=1)
     return q
 
 
