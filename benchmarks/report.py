@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INDEX = ("run", "file", "flags", "seed", "commit", "steps", "minutes")
 # What is reported of a file, or of a task; of all others the return
 SCORE = {"vin": "eval/success_rate", "dyna_q maze": "eval/episodic_length"}
+WORDS = {"eval/success_rate": "success rate"}  # what docstrings call a score that is not a return
 KEPT = re.compile(r"eval/|charts/episodic_(return|length)")
 
 
@@ -325,7 +326,7 @@ CELL = re.compile(
 
 USAGE = re.compile(
     r"^(    python algos/(?P<file>\w+)\.py(?P<flags>(?: [^#\n]*)?)# )"
-    r"(?:not measured yet|(?:[\d.]+ minutes, )?return .*)$",
+    r"(?:not measured yet|(?:[\d.]+ minutes, )?(?:return|success rate) .*)$",
     re.M,
 )
 
@@ -339,7 +340,8 @@ def filled_docstring(text: str, groups: dict[str, dict[str, list[Run]]]) -> str:
         if not runs:
             return found[0]
         minutes = f"{clock(runs)} minutes, " if clock(runs) else ""
-        return f"{found[1]}{minutes}return {spread(np.array([run.score[-1, 2] for run in runs]))}"
+        word = WORDS.get(runs[0].tag, "return")
+        return f"{found[1]}{minutes}{word} {spread(np.array([run.score[-1, 2] for run in runs]))}"
 
     return USAGE.sub(fill, text)
 

@@ -62,40 +62,6 @@ CASES = {
             ("--maze-scale 100", "--maze-scale"),
         ],
     ),
-    "vin": Case(
-        quick="--total-timesteps 1100 --mazes 40 --test-mazes 20 --batch-mazes 4 --batch-cells 5 --log-every 50 "
-        "--eval-every 300 --eval-episodes 3 --picture-every 600 --transfer-size 0",
-        options=[
-            "--transfer-size 16 --capture-video",
-            "--model cnn",
-            "--model fcn --obstacle-size 1",
-            "--train rl --learning-rate 0.03",
-            "maze8 --train rl --model cnn",
-        ],
-        resume=[
-            "--train rl",
-            "--model fcn",
-        ],
-        bad=[
-            ("--env-id CartPole-v1 --train rl", "image"),
-            ("--env-id Pendulum-v1 --train rl", "actions"),
-            ("--env-id CartPole-v1", "--train rl"),
-            ("--env-id CartPole-v1 --data x.npz --train rl", "--data"),
-            ("--data no_such_file.npz", "no_such_file.npz"),
-            ("--iterations 0", "--iterations"),
-            ("--iterations -1", "--iterations"),
-            ("--size 4", "--size"),
-            ("--size 5 --mazes 5000 --obstacles 1", "nearly each maze"),
-            ("--obstacles 0", "--obstacles"),
-            ("--mazes 0", "--mazes"),
-            ("--q-channels 0", "--q-channels"),
-            ("--gamma 1.1", "--gamma"),
-            ("--learning-rate 0", "--learning-rate"),
-            ("--entropy -1", "--entropy"),
-            ("--decay-steps 0", "--decay-steps"),
-            ("--hold-steps -1", "--hold-steps"),
-        ],
-    ),
     "icm": Case(
         quick="--total-timesteps 1200 --envs 4 --horizon 25 --passes 2 --maze-size 7 --episode-limit 60 --hidden 16 "
         "--feature-size 8 --model-hidden 16 --log-every 100 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "
