@@ -39,7 +39,6 @@ expectation (Eq. 8.1); a terminal state is one more row of Q that stays 0; time 
 """
 
 import argparse
-import heapq
 import io
 import math
 import os
@@ -151,6 +150,7 @@ class Model:
         self.states: list[int] = []  # the states seen before
         self.actions: list[list[int]] = [[] for _ in range(states)]  # the actions that planning may choose in s
         self.predecessors = [{} for _ in range(states + 1)]  # s' → the pairs predicted to lead there, in order
+        self.queue: dict[tuple[int, int], float] = {}  # prioritised sweeping: (s, a) → P
 
     def learn(self, s: int, a: int, r: float, s2: int, now: int) -> None:
         if not self.actions[s]:
@@ -231,34 +231,7 @@ def plan(Q: Table, model: Model, args: Args, now: int) -> int:
     return args.planning_steps
 
 
-class PriorityQueue:
-    """Pairs (s, a), the largest priority first. A pair is in it once, with the largest priority that it was given."""
-
-    def __init__(self):
-        self.heap: list[tuple[float, int, int]] = []
-        self.priority: dict[tuple[int, int], float] = {}
-
-    def push(self, priority: float, s: int, a: int) -> None:
-        if priority > self.priority.get((s, a), 0.0):
-            self.priority[s, a] = priority
-            heapq.heappush(self.heap, (-priority, s, a))
-
-    def pop(self) -> tuple[int, int]:
-        while True:
-            negative, s, a = heapq.heappop(self.heap)
-            if self.priority.get((s, a)) == -negative:  # otherwise the pair was pushed again with a larger priority
-                del self.priority[s, a]
-                return s, a
-
-    def state_dict(self) -> dict:
-        return self.priority
-
-    def load_state_dict(self, state: dict) -> None:
-        for (s, a), priority in state.items():
-            self.push(priority, s, a)
-
-
-def prioritized_sweeping(Q: Table, model: Model, queue: PriorityQueue, s: int, a: int, args: Args) -> int:
+def prioritized_sweeping(Q: Table, model: Model, s: int, a: int, args: Args) -> int:
     """Steps (e) to (g) of the box in section 8.4. Returns the number of updates."""
 
     def error(s: int, a: int) -> float:
@@ -268,15 +241,17 @@ def prioritized_sweeping(Q: Table, model: Model, queue: PriorityQueue, s: int, a
     def insert(s: int, a: int) -> None:
         # P ← |R + γ max_a Q(S', a) − Q(S, A)|; if P > θ, insert S, A into the queue with priority P
         if (priority := abs(error(s, a))) > args.theta:
-            queue.push(priority, s, a)
+            model.queue[s, a] = max(priority, model.queue.get((s, a), 0.0))
 
     insert(s, a)
+    step_size = 1.0 if args.model == "expectation" else args.alpha
     for updates in range(args.planning_steps):
-        if not queue.priority:
+        if not model.queue:
             return updates
-        s, a = queue.pop()
+        s, a = max(model.queue, key=model.queue.get)
+        del model.queue[s, a]
         # Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) − Q(S, A)]; Eq. 8.1 has no step size
-        Q[s][a] += (1.0 if args.model == "expectation" else args.alpha) * error(s, a)
+        Q[s][a] += step_size * error(s, a)
         for before in model.predecessors[s]:
             insert(*before)
     return args.planning_steps
@@ -329,10 +304,9 @@ def draw_values(agent: Agent, model: Model, env: gym.Env, start: int, title: str
 def train(args: Args) -> None:
     torch.manual_seed(args.seed)
     env, test_env = make_env(args), make_env(args)
-    agent, queue = Agent(env, args), PriorityQueue()
-    terminal = int(env.observation_space.n)
-    model = Model(terminal, int(env.action_space.n), args)
-    run = Run(args, agent=agent, model=model, queue=queue)
+    terminal, actions = int(env.observation_space.n), int(env.action_space.n)
+    agent, model = Agent(env, args), Model(terminal, actions, args)
+    run = Run(args, agent=agent, model=model)
 
     while run.unfinished():
         Q, errors, surprises, updates = agent.Q, 0.0, 0, 0
@@ -359,7 +333,7 @@ def train(args: Args) -> None:
             if args.planner == "dyna":
                 updates += plan(Q, model, args, run.step)
             else:
-                updates += prioritized_sweeping(Q, model, queue, s, a, args)
+                updates += prioritized_sweeping(Q, model, s, a, args)
             s, errors = s2, errors + abs(error)
         length = run.step - run.episode_start
         run.log("losses/td_error", errors / length)
