@@ -368,7 +368,8 @@ class Maze(gym.Env):
 
     def __init__(self, maps: tuple[str, ...], change_at: int = 0, render_mode: Optional[str] = None):
         self.maps = [np.array([list(row) for row in text.split()]) for text in maps]
-        self.change_at, self.first_step, self.render_mode = change_at, change_at, render_mode
+        self.change_at = self.first_step = self.clock = change_at
+        self.render_mode = render_mode
         self.observation_space = gym.spaces.Discrete(self.maps[0].size)
 
     @property
