@@ -325,7 +325,7 @@ CELL = re.compile(
 
 USAGE = re.compile(
     r"^(    python algos/(?P<file>\w+)\.py(?P<flags>(?: [^#\n]*)?)# )"
-    r"(?:not measured yet|(?:[\d.]+ minutes, )?return .*)$",
+    r"(?:not measured yet|(?:[\d.]+ minutes, )?(?:return|length) .*)$",
     re.M,
 )
 
@@ -339,7 +339,8 @@ def filled_docstring(text: str, groups: dict[str, dict[str, list[Run]]]) -> str:
         if not runs:
             return found[0]
         minutes = f"{clock(runs)} minutes, " if clock(runs) else ""
-        return f"{found[1]}{minutes}return {spread(np.array([run.score[-1, 2] for run in runs]))}"
+        word = "length" if runs[0].tag.endswith("_length") else "return"
+        return f"{found[1]}{minutes}{word} {spread(np.array([run.score[-1, 2] for run in runs]))}"
 
     return USAGE.sub(fill, text)
 
