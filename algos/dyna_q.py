@@ -163,7 +163,7 @@ class Model:
             for before in counts:
                 del self.predecessors[before][s, a]
             counts.clear()
-        number, mean = counts.get(s2, (0, 0.0))
+        number, mean = counts.get(s2, (0, r))
         counts[s2] = number + 1, mean + (r - mean) / (number + 1)
         # p̂(s' | s, a) = N(s, a, s') / Σ_x N(s, a, x)
         total = sum(number for number, _ in counts.values())
