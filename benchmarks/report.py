@@ -247,6 +247,8 @@ def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Pat
     axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
     axes[0].set(xlabel="steps", ylabel=", ".join(sorted({run.drawn for runs in variants.values() for run in runs})))
     axes[-1].set(xlabel=("steps", "minutes")[columns[-1]])
+    if any(run.drawn.endswith("_length") for runs in variants.values() for run in runs):
+        axes[0].set_yscale("log")  # an episode that does not arrive is long
     axes[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path)
