@@ -67,16 +67,17 @@ def matrix_product(rounds: int) -> dict[str, float]:
 # ── dyna_q: planning updates ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def explored(env_id: str, kind: str, steps: int = 5_000) -> dyna_q.Model:
+def explored(env_id: str, args: dyna_q.Args, steps: int = 5_000) -> dyna_q.Model:
     """A model filled by random actions."""
     env = gym.make(env_id)
-    model = dyna_q.Model(int(env.observation_space.n), int(env.action_space.n), kind, try_untried=False)
+    states, actions = int(env.observation_space.n), int(env.action_space.n)
+    model = dyna_q.Model(states, actions, args)
     random.seed(0)
     s, _ = env.reset(seed=0)
     for now in range(steps):
-        a = random.randrange(env.action_space.n)
+        a = random.randrange(actions)
         obs, r, terminated, truncated, _ = env.step(a)
-        model.learn(s, a, float(r), len(model.counts) if terminated else int(obs), now)
+        model.learn(s, a, float(r), states if terminated else int(obs), now)
         s = int(env.reset()[0]) if terminated or truncated else int(obs)
     return model
 
@@ -98,9 +99,11 @@ def plan_with_arrays(Q: np.ndarray, reward: np.ndarray, after: np.ndarray, pairs
 
 def dyna_q_rates(rounds: int) -> dict[str, float]:
     calls, n = 400, 50  # as in training: n = 50 updates a call
-    maze, lake = explored("DynaMaze-v0", "deterministic"), explored("FrozenLake8x8-v1", "expectation")
-    lake_draws = explored("FrozenLake8x8-v1", "sample")
-    tables = [[[0.0] * 4 for _ in range(len(model.counts) + 1)] for model in (maze, lake, lake_draws)]
+    plain, with_bonus = dyna_q.Args(planning_steps=n), dyna_q.Args(planning_steps=n, bonus=1e-3)
+    sampled, expected = (replace(plain, model=model) for model in ("sample", "expectation"))
+    maze, lake = explored("DynaMaze-v0", plain), explored("FrozenLake8x8-v1", expected)
+    lake_samples = explored("FrozenLake8x8-v1", sampled)
+    tables = [[[0.0] * 4 for _ in range(len(model.counts) + 1)] for model in (maze, lake, lake_samples)]
     tried = {s: list(maze.actions[s]) for s in maze.states}
     memory = {(s, a): maze.outcomes[s][a][0][1:] for s in tried for a in tried[s]}
     dictionary = {(s, a): 0.0 for s in range(len(maze.counts) + 1) for a in range(4)}
@@ -118,10 +121,10 @@ def dyna_q_rates(rounds: int) -> dict[str, float]:
 
     return best_rates(
         {
-            "Dyna maze, deterministic": repeat(dyna_q.plan, tables[0], maze, n, 0.1, 0.95, 0.0, 10_000),
-            "Dyna maze, with the bonus": repeat(dyna_q.plan, tables[0], maze, n, 0.1, 0.95, 1e-3, 10_000),
-            "FrozenLake 8×8, sample updates": repeat(dyna_q.plan, tables[2], lake_draws, n, 0.1, 0.95, 0.0, 10_000),
-            "FrozenLake 8×8, expected updates": repeat(dyna_q.plan, tables[1], lake, n, 0.1, 0.95, 0.0, 10_000),
+            "Dyna maze, deterministic": repeat(dyna_q.plan, tables[0], maze, plain, 10_000),
+            "Dyna maze, with the bonus": repeat(dyna_q.plan, tables[0], maze, with_bonus, 10_000),
+            "FrozenLake 8×8, sample updates": repeat(dyna_q.plan, tables[2], lake_samples, sampled, 10_000),
+            "FrozenLake 8×8, expected updates": repeat(dyna_q.plan, tables[1], lake, expected, 10_000),
             "(dictionaries, Dyna maze)": repeat(
                 plan_with_dictionaries, dictionary, memory, tried, range(4), n, 0.1, 0.95
             ),

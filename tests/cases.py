@@ -24,44 +24,6 @@ class Case:
 
 
 CASES = {
-    "dyna_q": Case(
-        quick="--total-timesteps 1200 --planning-steps 5 --picture-every 500 --eval-every 600 --eval-max-steps 100",
-        options=[
-            "maze --planning-steps 0 --total-timesteps 4000",
-            "maze --planner prioritized --total-timesteps 4000",
-            "maze --model expectation --initial-value 1",
-            "maze --maze-scale 2 --initial-value 1",
-            "shortcut --bonus 0",
-            "frozenlake --model sample",
-            "frozenlake --planner prioritized",
-            "--env-id CliffWalkingSlippery-v1 --model sample --bonus 0.1 --total-timesteps 4000",
-            "maze --capture-video",
-            "frozenlake --capture-video --eval-episodes 1",
-        ],
-        resume=[
-            "maze --planner prioritized --total-timesteps 4000",
-            "frozenlake --model sample",
-            "shortcut --total-timesteps 3400",
-            "blocking --total-timesteps 1500",
-        ],
-        bad=[
-            ("--env-id CartPole-v1", "observations"),
-            ("--env-id Pendulum-v1", "Discrete"),
-            ("--env-id Blackjack-v1", "Discrete observations"),
-            ("--planning-steps -1", "--planning-steps"),
-            ("--planner prioritized --planning-steps 0", "--planning-steps"),
-            ("--planner prioritized --model sample", "expectation"),
-            ("--planner prioritized --bonus 0.1", "--bonus"),
-            ("--bonus -1", "--bonus"),
-            ("--alpha 0", "--alpha"),
-            ("--gamma 1.5", "--gamma"),
-            ("--maze-scale 0", "--maze-scale"),
-            ("--env-id Taxi-v4 --maze-scale 2", "--maze-scale"),
-            ("--bonus nan", "--bonus"),
-            ("--initial-value inf", "--initial-value"),
-            ("--maze-scale 100", "--maze-scale"),
-        ],
-    ),
     "icm": Case(
         quick="--total-timesteps 1200 --envs 4 --horizon 25 --passes 2 --maze-size 7 --episode-limit 60 --hidden 16 "
         "--feature-size 8 --model-hidden 16 --log-every 100 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "

@@ -45,16 +45,20 @@ def test_speed_with_and_without_compile(tmp_path):
 
 
 def test_a_run_gives_its_curves():
-    curves = figures.run(["maze", "--total-timesteps", "600", "--eval-every", "200"])
-    assert [step for step, _ in curves["eval/episodic_return"]] == [200, 400, 600]
+    curves = figures.run(["maze", "--total-timesteps", "2000", "--eval-every", "500", "--seed", "2"])
+    steps = [step for step, _ in curves["eval/episodic_return"]]
+    assert steps[-1] == 2_000 and 2 <= len(steps) <= 4 and curves["charts/episodic_length"]
 
 
-def test_an_exact_evaluation_takes_the_place_of_the_sampled_one(monkeypatch):
-    monkeypatch.setattr(figures.dyna_q, "evaluate", figures.dyna_q.evaluate)  # put back afterwards
-    curves = figures.run(["frozenlake", "--total-timesteps", "500", "--eval-every", "250"], exact=True)
+def test_an_exact_evaluation_takes_the_place_of_the_sampled_one():
+    curves = figures.run(["frozenlake", "--total-timesteps", "500", "--eval-every", "250"], figures.Exact)
     best = figures.exact_values(gym.make("FrozenLake8x8-v1").unwrapped.P, 0.99)[0]
-    assert len(curves["eval/episodic_return"]) == 2
-    assert all(0 <= value <= best for _, value in curves["eval/episodic_return"])
+    assert len(curves["eval/exact_value"]) == 2
+    assert all(0 <= value <= best for _, value in curves["eval/exact_value"])
+
+
+def test_a_finer_map_has_each_cell_several_times():
+    assert figures.finer("S# .G", 2) == "SS## SS## ..GG ..GG"
 
 
 def test_updates_until_the_shortest_path():
@@ -108,8 +112,8 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
     """And so does Ctrl-C: what was stopped goes on, what had not begun is not begun."""
     runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
-    long = "maze --total-timesteps 1000000 --eval-every 0 --picture-every 0"
-    variants = {"long": long, "wrong": "maze --gamma 7", "later": "cliff"}
+    long = "maze --total-timesteps 1000000 --eval-every 1000000 --picture-every 1000000"
+    variants = {"long": long, "wrong": "maze --gamma 7", "later": "shortcut"}
     with pytest.raises(Exception, match="--gamma"):
         runner.train_all("dyna_q", variants, 1, tmp_path / "runs", 2)
     (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
