@@ -91,7 +91,7 @@ def test_planning_chooses_states_alike_then_their_actions_then_outcomes():
         counts += np.array(Q) / 20_000
     assert counts[0] == pytest.approx([0.5 * 0.5, 0, 0], abs=0.02)  # ¾ · 1 − ¼ · 1
     assert counts[1] == pytest.approx([1 / 6] * 3, abs=0.015)
-    assert [model.sample(0, 0, u)[1] for u in (0, 0.749, 0.751, 1)] == [1, 1, -1, -1]
+    assert [model.sample(0, 0, u)[1] for u in (0, 0.749, 0.75, 1)] == [1, 1, -1, -1]
 
 
 def test_epsilon_greedy_breaks_ties_at_random_and_explores():
