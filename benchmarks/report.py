@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INDEX = ("run", "file", "flags", "seed", "commit", "steps", "minutes")
 # What is reported of a file, or of a task; of all others the return
 SCORE = {"vin": "eval/success_rate", "dyna_q maze": "eval/episodic_length"}
+WORDS = {"eval/success_rate": "success rate", "eval/episodic_length": "length"}  # in docstrings
 KEPT = re.compile(r"eval/|charts/episodic_(return|length)")
 
 
@@ -247,6 +248,8 @@ def draw(task: str, variants: dict[str, list[Run]], marks: list[dict], path: Pat
     axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
     axes[0].set(xlabel="steps", ylabel=", ".join(sorted({run.drawn for runs in variants.values() for run in runs})))
     axes[-1].set(xlabel=("steps", "minutes")[columns[-1]])
+    if any(run.drawn.endswith("_length") for runs in variants.values() for run in runs):
+        axes[0].set_yscale("log")  # an episode that does not arrive is long
     axes[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path)
@@ -325,7 +328,7 @@ CELL = re.compile(
 
 USAGE = re.compile(
     r"^(    python algos/(?P<file>\w+)\.py(?P<flags>(?: [^#\n]*)?)# )"
-    r"(?:not measured yet|(?:[\d.]+ minutes, )?return .*)$",
+    r"(?:not measured yet|(?:[\d.]+ minutes, )?(?:return|length|success rate) .*)$",
     re.M,
 )
 
@@ -339,7 +342,8 @@ def filled_docstring(text: str, groups: dict[str, dict[str, list[Run]]]) -> str:
         if not runs:
             return found[0]
         minutes = f"{clock(runs)} minutes, " if clock(runs) else ""
-        return f"{found[1]}{minutes}return {spread(np.array([run.score[-1, 2] for run in runs]))}"
+        word = WORDS.get(runs[0].tag, "return")
+        return f"{found[1]}{minutes}{word} {spread(np.array([run.score[-1, 2] for run in runs]))}"
 
     return USAGE.sub(fill, text)
 

@@ -190,6 +190,7 @@ class Watched:
     run: Run
     state: str = "waiting"
     step: int = 0
+    total: int = 0
     score: float = float("nan")
     loaders: dict = field(default_factory=dict)
 
@@ -207,15 +208,13 @@ class Watched:
             for event in self.loaders.setdefault(path, EventFileLoader(str(path))).Load():
                 self.step = max(self.step, event.step)
                 for value in event.summary.value:
+                    if value.tag.startswith("hyperparameters"):
+                        self.total = int(re.search(rb"\|total_timesteps\|(\d+)", value.tensor.string_val[0])[1])
                     if value.tag == "eval/episodic_return":
                         self.score = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
 
     def row(self) -> str:
-        try:
-            total = json.loads((self.run.folder / "args.json").read_text())["total_timesteps"]
-        except (OSError, ValueError):
-            total = 0
-        share = f"{100 * min(self.step / total, 1):.0f} %" if total else ""
+        share = f"{100 * min(self.step / self.total, 1):.0f} %" if self.total else ""
         return f"{self.run.folder.name:<56} {self.state:<10} {self.step:>10,} {share:>6} {self.score:>10.4g}"
 
 

@@ -11,7 +11,6 @@ of each counts. Quote ratios of one run.
 
 import csv
 import functools
-import heapq
 import platform
 import random
 import sys
@@ -68,16 +67,17 @@ def matrix_product(rounds: int) -> dict[str, float]:
 # ── dyna_q: planning updates ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def explored(env_id: str, kind: str, steps: int = 5_000) -> dyna_q.Model:
+def explored(env_id: str, args: dyna_q.Args, steps: int = 5_000) -> dyna_q.Model:
     """A model filled by random actions."""
     env = gym.make(env_id)
-    model = dyna_q.Model(int(env.observation_space.n), int(env.action_space.n), kind, try_untried=False)
+    states, actions = int(env.observation_space.n), int(env.action_space.n)
+    model = dyna_q.Model(states, actions, args)
     random.seed(0)
     s, _ = env.reset(seed=0)
     for now in range(steps):
-        a = random.randrange(env.action_space.n)
+        a = random.randrange(actions)
         obs, r, terminated, truncated, _ = env.step(a)
-        model.learn(s, a, float(r), len(model.counts) if terminated else int(obs), now)
+        model.learn(s, a, float(r), states if terminated else int(obs), now)
         s = int(env.reset()[0]) if terminated or truncated else int(obs)
     return model
 
@@ -99,9 +99,11 @@ def plan_with_arrays(Q: np.ndarray, reward: np.ndarray, after: np.ndarray, pairs
 
 def dyna_q_rates(rounds: int) -> dict[str, float]:
     calls, n = 400, 50  # as in training: n = 50 updates a call
-    maze, lake = explored("DynaMaze-v0", "deterministic"), explored("FrozenLake8x8-v1", "expectation")
-    lake_draws = explored("FrozenLake8x8-v1", "sample")
-    tables = [[[0.0] * 4 for _ in range(len(model.counts) + 1)] for model in (maze, lake, lake_draws)]
+    plain, with_bonus = dyna_q.Args(planning_steps=n), dyna_q.Args(planning_steps=n, bonus=1e-3)
+    sampled, expected = (replace(plain, model=model) for model in ("sample", "expectation"))
+    maze, lake = explored("DynaMaze-v0", plain), explored("FrozenLake8x8-v1", expected)
+    lake_samples = explored("FrozenLake8x8-v1", sampled)
+    tables = [[[0.0] * 4 for _ in range(len(model.counts) + 1)] for model in (maze, lake, lake_samples)]
     tried = {s: list(maze.actions[s]) for s in maze.states}
     memory = {(s, a): maze.outcomes[s][a][0][1:] for s in tried for a in tried[s]}
     dictionary = {(s, a): 0.0 for s in range(len(maze.counts) + 1) for a in range(4)}
@@ -119,10 +121,10 @@ def dyna_q_rates(rounds: int) -> dict[str, float]:
 
     return best_rates(
         {
-            "Dyna maze, deterministic": repeat(dyna_q.plan, tables[0], maze, n, 0.1, 0.95, 0.0, 10_000),
-            "Dyna maze, with the bonus": repeat(dyna_q.plan, tables[0], maze, n, 0.1, 0.95, 1e-3, 10_000),
-            "FrozenLake 8×8, sample updates": repeat(dyna_q.plan, tables[2], lake_draws, n, 0.1, 0.95, 0.0, 10_000),
-            "FrozenLake 8×8, expected updates": repeat(dyna_q.plan, tables[1], lake, n, 0.1, 0.95, 0.0, 10_000),
+            "Dyna maze, deterministic": repeat(dyna_q.plan, tables[0], maze, plain, 10_000),
+            "Dyna maze, with the bonus": repeat(dyna_q.plan, tables[0], maze, with_bonus, 10_000),
+            "FrozenLake 8×8, sample updates": repeat(dyna_q.plan, tables[2], lake_samples, sampled, 10_000),
+            "FrozenLake 8×8, expected updates": repeat(dyna_q.plan, tables[1], lake, expected, 10_000),
             "(dictionaries, Dyna maze)": repeat(
                 plan_with_dictionaries, dictionary, memory, tried, range(4), n, 0.1, 0.95
             ),
@@ -227,81 +229,50 @@ def mage_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, floa
     return [("MAGE, 8 × 2×64, batch 64", "updates/s", updates), ("its model, batch 256", "training steps/s", steps)]
 
 
-# ── vin: sweeps, moves learned from, mazes ────────────────────────────────────────────────────────────────────────
+# ── vin: sweeps, updates, mazes ───────────────────────────────────────────────────────────────────────────────────
 
 
-def plain_plan(net: vin.VIN, images: torch.Tensor) -> torch.Tensor:
+def wide_plan(agent: vin.Agent, images: torch.Tensor, iterations: int) -> torch.Tensor:
     """As one would first write it, and the public code does: 150 channels, and in each sweep one convolution of both
-    maps, a maximum, and autograd's gradient."""
-    A = len(net.reward_kernel)
-    h = torch.nn.functional.conv2d(images, net.h_kernel, net.h_bias, padding=1)
-    r = torch.nn.functional.conv2d(h, net.r_kernel.view(1, -1, 1, 1))
-    w = torch.stack([net.reward_kernel.view(A, 3, 3), net.value_kernel.view(A, 3, 3)], 1)
-    q = torch.nn.functional.conv2d(r, w[:, :1], padding=1)
-    for _ in range(net.iterations):
-        v = q.max(1, keepdim=True)[0]
-        q = torch.nn.functional.conv2d(torch.cat([r, v], 1), w, padding=1)
+    maps."""
+    reward = agent.f_2(agent.f_1(images))
+    kernel = torch.cat([agent.w_r.weight, agent.w_v.weight], 1)
+    q = agent.w_r(reward)
+    for _ in range(iterations):
+        q = torch.nn.functional.conv2d(torch.cat([reward, q.max(1, keepdim=True).values], 1), kernel, padding=1)
     return q
 
 
-def one_maze(n: int, obstacles: int) -> None:
-    """A maze and its shortest paths, cell by cell."""
-    while True:
-        walls = [[row in (0, n - 1) or col in (0, n - 1) for col in range(n)] for row in range(n)]
-        goal = (random.randint(1, n - 2), random.randint(1, n - 2))
-        for _ in range(random.randint(1, obstacles)):
-            row, col = random.randrange(n), random.randrange(n)
-            if random.random() < 0.5 and (row, col) != goal:
-                walls[row][col] = True
-        found, queue = {}, [(0.0, *goal)]
-        while queue:
-            length, row, col = heapq.heappop(queue)
-            if (row, col) in found or walls[row][col]:
-                continue
-            found[row, col] = length
-            for (i, j), cost in zip(vin.MOVES, vin.COSTS, strict=True):
-                heapq.heappush(queue, (length + cost, row + i, col + j))
-        if len(found) > 1:
-            return
-
-
 def vin_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    def plan(how: Callable, x: torch.Tensor) -> None:
+    def plan(how: Callable, images: torch.Tensor, iterations: int) -> None:
         with torch.no_grad():
-            how(x[:32])
+            how(images, iterations)
 
-    def learn(how: Callable, x: torch.Tensor, taught: vin.Lessons, net: vin.VIN, optimizer, args: vin.Args) -> None:
-        chosen = torch.from_numpy(np.random.permutation(len(x))[: args.batch_mazes])
-        batch = vin.draw_batch(chosen, x, taught, args.batch_cells, 10**9)
-        logits = net.out(net.attend(how(batch.images), batch.maze, batch.row, batch.col))
-        loss = vin.imitation_loss(logits, batch.action)
+    def learn(how: Callable, agent: vin.Agent, mazes: vin.Mazes, optimizer, args: vin.Args) -> None:
+        batch = mazes.rows(torch.randperm(len(mazes.images))[: args.batch_mazes])
+        cells = torch.multinomial(batch.visits, args.batch_cells, replacement=True)
+        logits = agent.attend(how(batch.images, args.iterations), cells)
+        moves = batch.expert.gather(1, cells)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), moves.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    def draw(args: vin.Args) -> None:
-        drawn = vin.random_mazes(500, args.size, args.obstacles, args.obstacle_size, np.random.default_rng(0))
-        vin.lessons(drawn, args.paths, np.random.default_rng(0))
-
     plans, updates, mazes, few = {}, {}, {}, min(rounds, 5)
     for preset in ("maze8", "maze16", "maze28"):
         args = vin.PRESETS[preset][1]
-        recipe = vin.recipe(replace(args, mazes=200, test_mazes=10))
-        training, taught, *_ = vin.make_mazes(**recipe)
-        x, net = vin.images(training), vin.VIN(2, args.size, 8, args)
-        optimizer = torch.optim.RMSprop(net.parameters(), 1e-4, alpha=0.9, eps=1e-3)
+        env = vin.make_env(args)
+        some, agent = vin.label(*env.unwrapped.sample(200, test=False), args.paths), vin.Agent(env, args)
+        optimizer = torch.optim.RMSprop(agent.parameters(), 1e-4, alpha=0.9, eps=1e-3)
         first = kinds(compiled and preset == "maze8")
-        ways = {preset + more: torch.compile(net.plan) if on else net.plan for more, on in first.items()}
-        ways[f"({preset}, as one would first write it)"] = functools.partial(plain_plan, net)
+        ways = {preset + more: torch.compile(agent.plan) if on else agent.plan for more, on in first.items()}
+        ways[f"({preset}, as one would first write it)"] = functools.partial(wide_plan, agent)
         for name, how in ways.items():
-            plans[name] = functools.partial(plan, how, x), args.iterations
-            updates[name] = (
-                functools.partial(learn, how, x, taught, net, optimizer, args), args.batch_mazes * args.batch_cells
-            )  # fmt: skip
-        mazes[preset] = functools.partial(draw, args), 500
-    mazes["(maze8, one by one)"] = functools.partial(one_maze, 8, 30), 1
+            plans[name] = functools.partial(plan, how, some.images[:32], args.iterations), args.iterations
+            updates[name] = functools.partial(learn, how, agent, some, optimizer, args), 1
+        mazes[preset] = (lambda env=env, paths=args.paths: vin.label(*env.unwrapped.sample(500, False), paths)), 500
     rows = [(name, "sweeps/s, 32 mazes each", rate) for name, rate in best_rates(plans, rounds).items()]
-    rows += [(name, "moves learned from/s", rate) for name, rate in best_rates(updates, rounds).items()]
+    rows += [(name, "updates/s", rate) for name, rate in best_rates(updates, rounds).items()]
     return rows + [(name, "mazes with paths/s", rate) for name, rate in best_rates(mazes, few).items()]
 
 

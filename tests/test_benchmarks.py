@@ -45,16 +45,20 @@ def test_speed_with_and_without_compile(tmp_path):
 
 
 def test_a_run_gives_its_curves():
-    curves = figures.run(["maze", "--total-timesteps", "600", "--eval-every", "200"])
-    assert [step for step, _ in curves["eval/episodic_return"]] == [200, 400, 600]
+    curves = figures.run(["maze", "--total-timesteps", "2000", "--eval-every", "500", "--seed", "2"])
+    steps = [step for step, _ in curves["eval/episodic_return"]]
+    assert steps[-1] == 2_000 and 2 <= len(steps) <= 4 and curves["charts/episodic_length"]
 
 
-def test_an_exact_evaluation_takes_the_place_of_the_sampled_one(monkeypatch):
-    monkeypatch.setattr(figures.dyna_q, "evaluate", figures.dyna_q.evaluate)  # put back afterwards
-    curves = figures.run(["frozenlake", "--total-timesteps", "500", "--eval-every", "250"], exact=True)
+def test_an_exact_evaluation_takes_the_place_of_the_sampled_one():
+    curves = figures.run(["frozenlake", "--total-timesteps", "500", "--eval-every", "250"], figures.Exact)
     best = figures.exact_values(gym.make("FrozenLake8x8-v1").unwrapped.P, 0.99)[0]
-    assert len(curves["eval/episodic_return"]) == 2
-    assert all(0 <= value <= best for _, value in curves["eval/episodic_return"])
+    assert len(curves["eval/exact_value"]) == 2
+    assert all(0 <= value <= best for _, value in curves["eval/exact_value"])
+
+
+def test_a_finer_map_has_each_cell_several_times():
+    assert figures.finer("S# .G", 2) == "SS## SS## ..GG ..GG"
 
 
 def test_updates_until_the_shortest_path():
@@ -108,8 +112,8 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
     """And so does Ctrl-C: what was stopped goes on, what had not begun is not begun."""
     runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
-    long = "maze --total-timesteps 1000000 --eval-every 0 --picture-every 0"
-    variants = {"long": long, "wrong": "maze --gamma 7", "later": "cliff"}
+    long = "maze --total-timesteps 1000000 --eval-every 1000000 --picture-every 1000000"
+    variants = {"long": long, "wrong": "maze --gamma 7", "later": "shortcut"}
     with pytest.raises(Exception, match="--gamma"):
         runner.train_all("dyna_q", variants, 1, tmp_path / "runs", 2)
     (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
@@ -126,22 +130,41 @@ def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
 
 
 @pytest.mark.learning  # they train
-def test_the_networks_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
+def test_the_networks_figures_come_from_finished_runs(tmp_path, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "vin_figures.py")
-    short = "maze8 --total-timesteps 200 --mazes 20 --test-mazes 10 --batch-mazes 4 --batch-cells 5 --eval-every 100"
-    variants = {"VIN": f"{short} --eval-episodes 1", "FCN": f"{short} --eval-episodes 1 --model fcn"}
-    monkeypatch.setitem(runner.EXPERIMENTS, "maze8", (variants, 2))
-    writes_into(tmp_path, runner, monkeypatch)
-    runner.main(runner.Args(name="maze8", runs=tmp_path / "runs", workers=1))
-    made, table = (tmp_path / "benchmarks/results/vin_maze8.csv").read_text().splitlines(), capsys.readouterr().out
-    for label in variants:
-        rows = [x.split(",") for x in made if x.startswith(f"{label},") and "eval/success_rate" in x]
-        last = [100 * float(value) for _, _, _, step, value in rows if step == "200"]
-        assert len(rows) == 4 and len(last) == 2
-        line = next(x for x in table.splitlines() if x.startswith(f"| {label} "))
-        assert ", ".join(f"{value:.2f}" for value in last) in line and f" {np.mean(last):.3g} ± " in line
-    assert any("transfer_success" in x for x in made) and not any(x.startswith("FCN") and "transfer" in x for x in made)
-    assert (tmp_path / "docs/figures/vin_maze8.png").stat().st_size > 5_000
+    short = "maze8 --total-timesteps 20 --mazes 40 --test-mazes 10 --batch-mazes 4 --episodes 1"
+    runner.main(runner.Args("controls", seeds=2, flags=short))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| FCN |", "| CNN |"))]
+    assert len(rows) == 2 and all(0 <= float(row.split("|")[2].split("±")[0]) < 1 for row in rows)
+    runner.vin.main([*short.split(), "--run-dir", str(tmp_path / "run")])
+    (tmp_path / "docs/figures").mkdir(parents=True)
+    runner.main(runner.Args("film", run=tmp_path / "run", out=tmp_path))
+    assert (tmp_path / "docs/figures/vin_sweeps.gif").stat().st_size > 1_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "LARGER", {"Maze8-v0": ("Maze8-v0", 3)})
+        runner.main(runner.Args("larger", run=tmp_path / "run"))
+    assert "with K = 3: 0." in capsys.readouterr().out
+
+
+def test_the_reactive_networks_are_the_papers():
+    """The FCN is a convolution that spans the maze; the CNN sees the agent as a channel."""
+    runner = house.load(helpers.ROOT / "benchmarks" / "vin_figures.py")
+    vin, F = runner.vin, torch.nn.functional
+    env = vin.make_env(vin.Args())
+    mazes = vin.label(*env.unwrapped.sample(3, False), 7)
+    fcn, cnn = runner.FCN(env, vin.Args()), runner.CNN(env, vin.Args())
+    cells = torch.tensor([[9, 50], [10, 20], [0, 63]])
+    first, second, third, last = (layer for layer in fcn.layers if isinstance(layer, torch.nn.Linear))
+    y = F.conv2d(mazes.images, first.weight.view(150, 2, 15, 15), first.bias, padding=7).relu()
+    for layer in (second, third):
+        y = F.conv2d(y, layer.weight[:, :, None, None], layer.bias).relu()
+    y = F.conv2d(y, last.weight[:, :, None, None]).flatten(2)
+    found = fcn.attend(mazes.images, cells), cnn.attend(mazes.images, cells)
+    for m, k in np.ndindex(3, 2):
+        assert torch.allclose(found[0][m, k], y[m, :, cells[m, k]], atol=1e-4)
+        here = torch.zeros(1, 1, 8, 8)
+        here[0, 0, cells[m, k] // 8, cells[m, k] % 8] = 1
+        assert torch.allclose(found[1][m, k], cnn.layers(torch.cat([mazes.images[m : m + 1], here], 1))[0], atol=1e-5)
 
 
 @pytest.mark.learning  # they train
@@ -271,12 +294,12 @@ def test_the_plain_planner_is_the_files():
     """What the sweeps are timed against computes the same, with the same gradient."""
     vin = speed.vin
     torch.manual_seed(0)
-    net, x = vin.VIN(2, 8, 8, vin.Args(iterations=4)), torch.randn(3, 2, 8, 8)
+    net, x = vin.Agent(vin.make_env(vin.Args()), vin.Args()), torch.randn(3, 2, 8, 8)
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(20)
-    plans = net.plan(x), speed.plain_plan(net, x)
+    plans = net.plan(x, 4), speed.wide_plan(net, x, 4)
     assert torch.allclose(*plans, rtol=1e-3, atol=1e-3 * float(plans[1].abs().max()))
-    wanted = (net.h_kernel, net.reward_kernel, net.value_kernel)
+    wanted = (net.f_1.weight, net.w_r.weight, net.w_v.weight)
     for one, other in zip(*(torch.autograd.grad(plan.square().sum(), wanted) for plan in plans), strict=True):
         assert torch.allclose(one, other, atol=1e-3 * float(other.abs().max()))

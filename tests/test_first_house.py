@@ -26,10 +26,10 @@ def swap(path, old, new):
 
 
 def second_script(old, new):
-    """A second script, dyna_q.py with one change."""
+    """A second script, dreamer_v1.py with one change."""
 
     def break_it(root: Path) -> None:
-        shutil.copy(root / "algos" / "dyna_q.py", root / "algos" / "another.py")
+        shutil.copy(root / "algos" / "dreamer_v1.py", root / "algos" / "another.py")
         swap("algos/another.py", old, new)(root)
 
     return break_it
@@ -39,37 +39,37 @@ def remove(path):
     return lambda root: (root / path).unlink()
 
 
-A = "algos/dyna_q.py"
+A, PAGE = "algos/dreamer_v1.py", "docs/dreamer_v1.md"
 BREAKS = [
-    (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom pets import plan\n")),
-    (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom . import pets\n")),
-    (house.imports_are_declared, swap(A, "import heapq\n", "import heapq\nfrom dm_control import suite\n")),
+    (house.imports_are_declared, swap(A, "import shlex\n", "import shlex\nfrom pets import plan\n")),
+    (house.imports_are_declared, swap(A, "import shlex\n", "import shlex\nfrom . import pets\n")),
+    (house.imports_are_declared, swap(A, "import shlex\n", "import shlex\nfrom dm_control import suite\n")),
     (house.imports_are_declared, swap(A, '#     "tyro>=1.0,<2",\n', "")),
     (house.imports_are_declared, swap(A, '#     "tyro>=1.0,<2",\n', '#     "tyro>=1.0,<2",\n#     "numba",\n')),
-    (house.imports_are_declared, swap(A, "import heapq\n", "import importlib\nimportlib.import_module('pets')\n")),
+    (house.imports_are_declared, swap(A, "import shlex\n", "import importlib\nimportlib.import_module('pets')\n")),
     (house.header_matches_requirements, swap("requirements.txt", "pytest>=8", "scipy>=1\npytest>=8")),
     (house.header_matches_requirements, swap(A, '#     "numpy>=2.0,<3",', '#     "numpy>=1.0,<3",')),
     (house.header_matches_requirements, swap("requirements.txt", "tqdm>=4.66,<5", "tqdm>=4.60,<5")),
-    (house.same_name_same_body, second_script("self.size = min(self.size + 1", "self.size = min(self.size + 2")),
-    (house.args_are_documented, swap(A, '    """α: the step size, in learning and in planning."""\n', "")),
-    (house.args_are_documented, swap(A, '"""α: the step size, in learning and in planning."""', '""""""')),
+    (house.same_name_same_body, second_script("float(reward), length + 1", "float(reward), length + 2")),
+    (house.args_are_documented, swap(A, '    """γ: discount."""\n', "")),
+    (house.args_are_documented, swap(A, '"""γ: discount."""', '""""""')),
     (house.args_are_documented, swap(A, "    capture_video: bool", "    film: bool")),
     (house.order_of_a_file, swap(A, "# ── Plumbing", "# ── Other things")),
     (house.order_of_a_file, swap(A, "# /// script", "import abc\n# /// script")),
-    (house.steps_are_in_train, swap(A, "            # (4) model", "            # model")),
-    (house.steps_are_in_train, swap(A, "            # (4) model", "            # (6) model")),
-    (house.steps_are_in_train, swap(A, "    (5) plan, n times", "    (5) plan\n    (6) rest")),
-    (house.tags_are_explained, swap(A, '"losses/td_error"', '"losses/another_error"')),
-    (house.tags_are_explained, swap("docs/dyna_q.md", "| `losses/td_error` |", "| `losses/td_errors` |")),
-    (house.commands_parse, swap("README.md", "python algos/dyna_q.py", "python algos/dyna_q.py --alpah 0.1")),
-    (house.commands_parse, swap("docs/dyna_q.md", "python algos/dyna_q.py", "python algos/dyna_r.py")),
+    (house.steps_are_in_train, swap(A, "            # (4) infer", "            # infer")),
+    (house.steps_are_in_train, swap(A, "            # (4) infer", "            # (6) infer")),
+    (house.steps_are_in_train, swap(A, "    (4) play: infer", "    (4) play\n    (5) infer")),
+    (house.tags_are_explained, swap(A, '"losses/reward"', '"losses/another"')),
+    (house.tags_are_explained, swap(PAGE, "| `losses/reward` |", "| `losses/rewards` |")),
+    (house.commands_parse, swap(PAGE, "python algos/dreamer_v1.py", "python algos/dreamer_v1.py --alpah 0.1")),
+    (house.commands_parse, swap(PAGE, "python algos/dreamer_v1.py", "python algos/dreamer_v9.py")),
     (house.commands_parse, swap("README.md", "`diff algos/mpc_rs.py", "`diff algos/mpc.py")),
-    (house.commands_parse, swap("docs/dyna_q.md", "dyna_q_figures.py figure-8-2", "dyna_q_figures.py figure-9-9")),
-    (house.links_lead_somewhere, remove("docs/dyna_q.md")),
-    (house.links_lead_somewhere, remove("docs/figures/dyna_q_figure_8_2.png")),
-    (house.every_file_has_its_page, swap("docs/dyna_q.md", "## Key equations", "## Some equations")),
-    (house.every_file_has_its_page, second_script("Dyna-Q", "Dyna-R")),
-    (house.every_file_has_its_page, swap("README.md", "| [`dyna_q`]", "| `dreamer` | planned |\n| [`dyna_q`]")),
+    (house.commands_parse, swap(PAGE, "dreamer_figures.py pendulum-pixels", "dreamer_figures.py pendulum-words")),
+    (house.links_lead_somewhere, remove(PAGE)),
+    (house.links_lead_somewhere, remove("docs/figures/dreamer_v1_dream.gif")),
+    (house.every_file_has_its_page, swap(PAGE, "## Key equations", "## Some equations")),
+    (house.every_file_has_its_page, second_script("Dreamer", "Sleeper")),
+    (house.every_file_has_its_page, swap("README.md", "| [`dreamer_v1`]", "| `dreamer` | planned |\n| [`dreamer_v1`]")),
 ]
 
 

@@ -40,10 +40,10 @@ def test_one_order(name):
 
 @every_file
 def test_the_numbered_steps_are_in_train(name):
-    steps = re.findall(r"^ {4}\((\d)\) ", ast.get_docstring(ast.parse(source(name))), re.M)
+    steps = re.findall(r"^ {4}\(([\da-f])\) ", ast.get_docstring(ast.parse(source(name))), re.M)
     train = source(name).split("\ndef train(")[1].split("\n# ── ")[0]
     comments = "".join(line for line in train.splitlines() if line.strip().startswith("#"))
-    assert steps and re.findall(r"\((\d)\)", comments) == steps
+    assert steps and re.findall(r"\(([\da-f])\)", comments) == steps
 
 
 @every_file

@@ -3,7 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from helpers import LEAN, module, scalars
+from helpers import module, scalars
 
 
 class Point(gym.Env):
@@ -34,7 +34,7 @@ BUDGET = {
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", BUDGET)
 def test_learns_to_move_a_point_to_the_origin(name, tmp_path):
     """Five steps reach the origin from a distance of 1: the best return is about −2."""
     scores = []
@@ -45,3 +45,59 @@ def test_learns_to_move_a_point_to_the_origin(name, tmp_path):
         scores.append(score)
     untrained, trained = scores
     assert trained > -6 and untrained < -12, scores
+
+
+@pytest.mark.learning
+def test_vin_learns_to_plan_in_unseen_mazes(tmp_path):
+    """By 500 updates; the walks of a hardly trained network arrive from next to the goal at best."""
+    scores = []
+    for run_dir, steps in ((tmp_path / "untrained", 1), (tmp_path / "trained", 500)):
+        words = f"--total-timesteps {steps} --mazes 2000 --test-mazes 300 --eval-every 100000 --episodes 1"
+        module("vin").main([*words.split(), "--run-dir", str(run_dir)])
+        (score,) = scalars(run_dir)["eval/success_rate"].values()
+        scores.append(score)
+    untrained, trained = scores
+    assert trained > 0.85 and untrained < 0.4, scores
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize(("flags", "budget", "shortest"), [("", 3_000, 14), ("--planner prioritized", 2_000, 14)])
+def test_dyna_q_finds_the_shortest_path_and_the_same_steps_without_planning_do_not(flags, budget, shortest, tmp_path):
+    lengths = {}
+    for n in (0, 50):
+        words = f"maze --planning-steps {n} --total-timesteps {budget} --seed 2 {flags if n else ''}"
+        module("dyna_q").main([*words.split(), "--run-dir", str(tmp_path / str(n))])
+        lengths[n] = list(scalars(tmp_path / str(n))["eval/episodic_length"].values())[-1]
+    assert lengths[50] <= shortest + 2 and lengths[0] > 100, lengths
+
+
+@pytest.mark.learning
+def test_dyna_q_plus_finds_the_shortcut_and_dyna_q_does_not(tmp_path):
+    """The shortest path is 16 before the change and 10 after it."""
+    found = {}
+    for bonus in ("", "--bonus 0"):
+        for seed in (1, 2, 3):
+            run_dir = tmp_path / f"{bonus}{seed}"
+            module("dyna_q").main([*f"shortcut {bonus} --seed {seed} --run-dir".split(), str(run_dir)])
+            lengths = list(scalars(run_dir)["charts/episodic_length"].values())
+            found.setdefault(bonus, []).append(np.median(lengths[-20:]))
+    assert np.mean(found[""]) < 14 and np.mean(found["--bonus 0"]) > 15, found
+
+
+@pytest.mark.learning
+def test_dyna_q_is_close_to_the_exact_optimum_of_a_slippery_lake(tmp_path):
+    module("dyna_q").main(["frozenlake", "--run-dir", str(tmp_path / "run"), "--eval-every", "60000"])
+    P = gym.make("FrozenLake8x8-v1").unwrapped.P
+
+    def value(choose):
+        v = np.zeros(64)
+        for _ in range(2_000):
+            q = np.array([[sum(p * (r + 0.99 * v[s2] * (not end)) for p, s2, r, end in P[s][a]) for a in range(4)]
+                          for s in range(64)])  # fmt: skip
+            v = choose(q)
+        return v[0]
+
+    policy = module("dyna_q").load_policy(str(tmp_path / "run"))
+    greedy, best = np.array([policy(s) for s in range(64)]), value(lambda q: q.max(1))
+    assert value(lambda q: q[np.arange(64), greedy]) > 0.95 * best
+    assert value(lambda q: q.mean(1)) < 0.05 * best  # the random agent

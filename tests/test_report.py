@@ -46,7 +46,7 @@ def at(folder, monkeypatch):
 @with_scipy
 def test_pages_say_what_the_runs_measured(tmp_path, monkeypatch, capsys):
     at(tmp_path, monkeypatch)
-    flags = "maze --total-timesteps 600 --eval-every 200 --picture-every 0"
+    flags = "maze --total-timesteps 600 --eval-every 200"
     (tmp_path / "README.md").write_text(PAGE)
     (tmp_path / "docs" / "dyna_q.md").write_text(PAGE)
     for seed in (3, 4):

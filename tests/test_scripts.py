@@ -29,9 +29,14 @@ TINY = {
     "pddm": PLANNER,
     "mbpo": "--random-steps 100 --model-every 100 --rollouts 100 --hidden 16 --model-hidden 16 --updates 1",
     "mage": "--random-steps 100 --model-every 50 --hidden 16 --model-hidden 16 --updates 1 --batch-size 32",
+    # An epoch has 200 updates.
+    "vin": "--env-id Maze8-v0 --mazes 800 --batch-mazes 4 --batch-cells 5 --test-mazes 20 --iterations 3 "
+    "--reward-channels 9",
+    "dyna_q": "--env-id Taxi-v4 --planning-steps 5 --epsilon 0.8",  # nobody arrives within its 200 steps
 }
 COMMON = "--env-id Pendulum-v1 --total-timesteps 800 --eval-every 400 --episodes 1 --picture-every 400"
 every_file = pytest.mark.parametrize("name", LEAN)
+with_replay = pytest.mark.parametrize("name", [name for name in LEAN if hasattr(module(name), "Replay")])
 
 
 def run(name, flags, run_dir):
@@ -92,7 +97,8 @@ def test_runs_alone_in_an_empty_folder(name, tmp_path):
     assert f"{name}.py --evaluate runs/{run_dir.name}" in lines[-1]
     assert "steps/s" not in err  # no progress bar where there is no terminal
     with Image.open(next(run_dir.glob("video_*.gif"))) as video:
-        assert video.n_frames > 100 and len(video.convert("RGB").getcolors(1_000_000)) > 1
+        at_least = 100 if name not in ("vin", "dyna_q") else 1  # whose episodes may be short
+        assert video.n_frames >= at_least and len(video.convert("RGB").getcolors(1_000_000)) > 1
     with Image.open(run_dir / "picture.png") as picture:
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
     assert helpers.tags(run_dir) <= tags_on_page(name)
@@ -114,21 +120,22 @@ def test_same_seed_same_run_and_looking_changes_nothing(name, whole, tmp_path):
 
 @every_file
 def test_stopped_and_continued_equals_one_run_to_the_bit(name, whole, tmp_path, monkeypatch):
-    count_step = module(name).Run.count_step
+    count_steps = module(name).Run.count_steps
 
-    def stop_at_step_250(self):
-        count_step(self)
-        if self.step == 250:
+    def stop_at_step_250(self, n=1):
+        count_steps(self, n)
+        if self.step - n < 250 <= self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(module(name).Run, "count_step", stop_at_step_250)
+        patch.setattr(module(name).Run, "count_steps", stop_at_step_250)
         run(name, "", tmp_path / "run")
     assert stopped.value.code == 128 + signal.SIGTERM and checkpoint(tmp_path / "run")["step"] == 400
     assert differences(learned(resume(name, tmp_path / "run")), learned(checkpoint(whole(name)))) == []
     assert scalars(tmp_path / "run") == scalars(whole(name))
     lengthened = resume(name, tmp_path / "run", "--total-timesteps 1000")
-    assert lengthened["step"] == 1_000 and lengthened["args"]["hidden"] == 16
+    assert lengthened["step"] == 1_000
+    assert lengthened["args"] == checkpoint(whole(name))["args"] | {"total_timesteps": 1_000}
 
 
 @every_file
@@ -139,7 +146,7 @@ def test_everything_is_trained(name, whole, tmp_path):
     unchanged = leaves(after["agent"]).keys() - set(differences(before["agent"], after["agent"]))
     assert not unchanged, unchanged
     steps = [value for part in after.values() for key, value in leaves(part).items() if key.endswith("/step")]
-    assert steps and all(value > 0 for value in steps)
+    assert (steps or name == "dyna_q") and all(value > 0 for value in steps)
 
 
 @every_file
@@ -148,16 +155,18 @@ def test_the_policy_of_a_run_plays(name, whole, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module(name).Run, "__init__", None)  # --evaluate does not open the run for writing
         module(name).main(["--evaluate", str(whole(name)), "--episodes", "2"])
-    assert "Pendulum-v1" in (out := capsys.readouterr().out) and module(name).Agent.player in out
+    args = module(name).Args(**checkpoint(whole(name))["args"])
+    assert args.env_id in (out := capsys.readouterr().out) and module(name).Agent.player in out
     assert (whole(name) / "checkpoint.pt").read_bytes() == before and {*whole(name).iterdir()} == files
     policy = module(name).load_policy(str(whole(name)))
-    obs = np.array([1.0, 0.0, 0.1], np.float32)
+    env = module(name).make_env(args)
+    obs, _ = env.reset(seed=0)
     policy.reset()
     torch.manual_seed(0)
     first = policy(obs)
     policy.reset()
     torch.manual_seed(0)
-    assert first.shape == (1,) and -2 <= first[0] <= 2 and first == policy(obs)
+    assert env.action_space.contains(first) and first == policy(obs)
 
 
 OWN = """
@@ -178,13 +187,14 @@ gym.register("Broken-v0", type("Broken", (Env,), {"broken": True}))
 """
 
 
-@every_file
+@with_replay
 def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     """Reward and termination are learned, an endless task gets a time limit, and NaN ends in one sentence."""
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    after = run(name, "--env-id own_task:Own-v0 --total-timesteps 600", tmp_path / "run")
-    assert after["step"] == 600 and "no time limit" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="no time limit"):
+        after = run(name, "--env-id own_task:Own-v0 --total-timesteps 600", tmp_path / "run")
+    assert after["step"] == 600
     env = module(name).make_env(replace(module(name).Args(), env_id="own_task:Own-v0"))
     replay = module(name).Replay(600, env, "cpu")
     replay.load_state_dict(after["replay"])
@@ -198,7 +208,7 @@ def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     assert exit.value.code == 2 and "NaN" in capsys.readouterr().err
 
 
-@every_file
+@with_replay
 def test_a_time_limit_is_not_a_terminal_state(name, whole):
     env = module(name).make_env(module(name).Args(env_id="Pendulum-v1"))
     replay = module(name).Replay(800, env, "cpu")
@@ -209,7 +219,9 @@ def test_a_time_limit_is_not_a_terminal_state(name, whole):
 
 @pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in LEAN for preset in module(name).PRESETS])
 def test_every_preset_starts(name, preset, tmp_path):
-    words = f"{preset} {TINY[name]} --total-timesteps 130 --random-steps 60 --episodes 1"
+    words = f"{preset} {TINY[name]} --total-timesteps 130 --episodes 1"
+    own = not hasattr(module(name).Args, "random_steps")  # a task of its own kind
+    words += f" --env-id {module(name).PRESETS[preset][1].env_id}" if own else " --random-steps 60"
     words += " --layers 2 --weight-decay 1e-4 1e-4 1e-4" if name == "pets" else ""
     module(name).main([*words.split(), "--run-dir", str(tmp_path / "run")])
     assert checkpoint(tmp_path / "run")["step"] == 130
