@@ -27,9 +27,9 @@ Symbols: π → Agent.actor, φ → ICM.encoder, g → ICM.inverse, f → ICM.fo
     L_F → forward_error, β → beta.
 
 Usage (return: mean and 95 % interval over seeds; docs/icm.md has the curves):
-    python algos/icm.py                                     # minutes and return
-    python algos/icm.py --reward extrinsic                  # minutes and return
-    python algos/icm.py mountaincar                         # minutes and return
+    python algos/icm.py                                     # not measured yet
+    python algos/icm.py --reward extrinsic                  # not measured yet
+    python algos/icm.py mountaincar                         # not measured yet
     python algos/icm.py --env-id NoisyMaze-v0 --features pixels   # what inverse features are for
     python algos/icm.py --evaluate runs/NAME --episodes 10 --capture-video
 
@@ -551,12 +551,13 @@ def shrink(frame: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((42, 42), Image.Resampling.BOX))
 
 
-gym.register_envs(ale_py)
-for name in [name.removeprefix("ALE/") for name in gym.registry if name.startswith("ALE/")]:
-    gym.register(f"Stacked/{name}", entry_point=partial(stacked, name), max_episode_steps=4_500)
-gym.register("CuriousMaze-v0", entry_point=Maze, max_episode_steps=200)
-gym.register("LargeMaze-v0", entry_point=partial(Maze, size=21), max_episode_steps=400)
-gym.register("NoisyMaze-v0", entry_point=partial(Maze, noisy=True), max_episode_steps=200)
+if "CuriousMaze-v0" not in gym.registry:
+    gym.register("CuriousMaze-v0", entry_point=Maze, max_episode_steps=200)
+    gym.register("LargeMaze-v0", entry_point=partial(Maze, size=21), max_episode_steps=400)
+    gym.register("NoisyMaze-v0", entry_point=partial(Maze, noisy=True), max_episode_steps=200)
+    gym.register_envs(ale_py)
+    for name in [name.removeprefix("ALE/") for name in gym.registry if name.startswith("ALE/")]:
+        gym.register(f"Stacked/{name}", entry_point=partial(stacked, name), max_episode_steps=4_500)
 
 
 # ── Plumbing: the same in every file, nothing below is specific to the algorithm ──────────────────────────────────
@@ -576,7 +577,7 @@ def make_env(args: Args) -> gym.Env:
         raise UserError(f"--env-id {args.env_id}: {error}") from None
     check_spaces(env)
     if env.spec.max_episode_steps is None:
-        print(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
+        gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
         env = gym.wrappers.TimeLimit(env, 1_000)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
