@@ -1,160 +1,123 @@
-"""The figures of docs/icm.md, each from several seeds of `algos/icm.py`.
+"""The comparisons of docs/icm.md, each from several seeds of `algos/icm.py`.
 
-    python benchmarks/icm_figures.py maze           # curiosity, PPO alone, noise
-    python benchmarks/icm_figures.py features       # other things to foresee
-    python benchmarks/icm_figures.py alone          # without any reward, beside a random walk
-    python benchmarks/icm_figures.py tv             # a screen full of noise in the maze
-    python benchmarks/icm_figures.py mountaincar
+    python benchmarks/icm_figures.py maze           # ICM, PPO alone and random moves
+    python benchmarks/icm_figures.py mountaincar    # ICM and PPO alone
+    python benchmarks/icm_figures.py noise          # a screen full of noise: inverse features against pixels
+    python benchmarks/icm_figures.py alone          # a large maze without rewards
 
-Runs stay in the folder --runs: one that is there and finished is not made again, one that was stopped goes on. Each
-experiment writes benchmarks/results/icm_<name>.csv and docs/figures/icm_<name>.png, and prints its table.
+Runs stay in the folder --runs: finished ones are not made again, stopped ones continue. Each comparison writes
+benchmarks/results/icm_<name>.csv and docs/figures/icm_<name>.png, and prints its table.
 """
 
 import csv
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from figure_runs import curve, interval, load, minutes, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGE, LONG = 21, 400  # tiles a side, steps of an episode: in the default maze random moves leave too little to find
-MORE = "--total-timesteps 2_500_000 --decay-steps 2_500_000"
-EXPERIMENTS = {  # label → command line, and the number of seeds
-    "maze": (
-        {
-            "ICM": "maze",
-            "PPO alone": "maze --reward extrinsic",
-            "PPO and noise": "maze --features noise",
-        },
-        5,
-    ),
-    "features": (
-        {
-            "ICM": "maze",
-            "random features": "maze --features random",
-            "pixels": "maze --features pixels",
-            "ICM, joint": "maze --joint",
-        },
-        3,
-    ),
-    "alone": (
-        {"curiosity alone": f"maze --reward intrinsic --maze-size {LARGE} --episode-limit {LONG} {MORE}"},
-        5,
-    ),
-    "tv": (
-        {
-            "ICM": "maze --noisy-tv",
-            "pixels": "maze --noisy-tv --features pixels",
-        },
-        3,
-    ),
-    "mountaincar": ({"ICM": "mountaincar", "PPO alone": "mountaincar --reward extrinsic"}, 5),
+NOISE, LARGE = "maze --env-id NoisyMaze-v0", "maze --env-id LargeMaze-v0 --total-timesteps 2000000"
+EXPERIMENTS = {  # label → command line
+    "maze": {"ICM": "maze", "PPO alone": "maze --reward extrinsic"},
+    "mountaincar": {"ICM": "mountaincar", "PPO alone": "mountaincar --reward extrinsic"},
+    "noise": {"ICM": NOISE, "pixels": f"{NOISE} --features pixels"},
+    "alone": {"curiosity alone": f"{LARGE} --reward intrinsic"},
 }
-TAGS = ("charts/places", "charts/success_rate", "eval/success_rate", "eval/episodic_return")
+PANELS = {
+    "eval/episodic_return": "return of the greedy policy",
+    "charts/tiles_visited": "tiles visited",
+    "losses/entropy": "entropy of the policy",
+    "losses/value": "loss of the value",
+    "losses/forward": "loss of the forward model",
+}
 
 
 @dataclass
 class Args:
-    name: Annotated[Literal[tuple(EXPERIMENTS)], tyro.conf.Positional]
-    """Which experiment."""
-    runs: Path = Path("runs/icm_figures")
-    """Where the runs are kept."""
-    seeds: int = 0
-    """So many seeds; 0: as many as the page shows."""
-    first_seed: int = 1
-    """The first of them."""
-    workers: int = max((os.cpu_count() or 2) // 2, 1)
-    """Runs at a time, each with one thread."""
+    name: Annotated[Literal[tuple(EXPERIMENTS)], tyro.conf.Positional]  # which comparison
+    runs: Path = Path("runs/icm_figures")  # folder of the runs
+    seeds: int = 5  # number of seeds
+    first_seed: int = 1  # the first of them
+    workers: int = 1  # runs at a time, each with one thread
 
 
-def random_walk(seed: int, steps: list[int]) -> list[tuple[int, float]]:
-    """Tiles of the large maze that random moves have visited until each of these steps of 64 environments together."""
-    mazes, rng, done, points = load("icm").CuriousMazes(64, LARGE, LONG), np.random.default_rng(seed), 0, []
-    mazes.reset(seed=seed)
-    seen = np.zeros(mazes.walls.shape, bool)
-    for step in steps:
-        while done < step:
-            seen[tuple(mazes.step(rng.integers(4, size=64))[4]["tile"].T)] = True
-            done += 64
-        points.append((step, float(seen.sum())))
+def random_moves(flags: str, seed: int) -> list[tuple[int, float]]:
+    """Tiles that random moves visit in as many steps as such a run takes."""
+    icm, points = load("icm"), []
+    args = icm.parse_args(flags.split())
+    torch.manual_seed(seed)
+    envs = icm.Environments(args)
+    for step in range(args.envs, args.total_timesteps + 1, args.envs):
+        envs.step(torch.randint(4, (args.envs,)).tolist())
+        if step % (100 * args.envs) == 0:
+            points.append((step, float((envs.visits > 0).sum())))
     return points
 
 
-def first_success(points: list[tuple[int, float]]) -> str:
-    return next((f"{step:,}" for step, value in points if value > 0), "never")
-
-
-def at_the_end(curves: Optional[list]) -> str:
-    """Mean, and each seed's."""
-    last = [points[-1][1] for points in curves or []]
-    return f"{np.mean(last):.2f} ({', '.join(f'{value:.4g}' for value in last)})" if last else ""
-
-
-def film(one: Path, other: Path, path: Path) -> None:
-    """The pictures of two runs, one above the other, as they were at the same steps."""
-    frames = []
-    for frame in sorted((one / "frames").glob("*.png")):
-        if (other / "frames" / frame.name).exists():
-            rows = [np.asarray(Image.open(folder / "frames" / frame.name)) for folder in (one, other)]
-            width = max(row.shape[1] for row in rows)
-            rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-            frames.append(Image.fromarray(np.concatenate(rows)))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
+def first_success(points: list[tuple[int, float]], floor: float) -> str:
+    return next((f"{step:,}" for step, value in points if value > floor), "never")
 
 
 def main(args: Args) -> None:
-    variants, seeds = EXPERIMENTS[args.name]
-    seeds = args.seeds or seeds
-    folders = train_all("icm", variants, seeds, args.runs, args.workers, args.first_seed)
-
-    measured = {label: {tag: [curve(x, tag) for x in folders[label]] for tag in TAGS} for label in variants}
-    if args.name == "alone":
-        steps = [step for step, _ in measured["curiosity alone"]["charts/places"][0]]
-        walks = [random_walk(seed, steps) for seed in range(args.first_seed, args.first_seed + seeds)]
-        measured["random walk"] = {"charts/places": walks}
-    shown = [tag for tag in ("charts/places", "eval/success_rate") if args.name != "alone" or tag == "charts/places"]
-    if args.name == "mountaincar":
-        shown[1] = "eval/episodic_return"
-    figure = Figure(figsize=(4.6 * len(shown), 3.6), dpi=90)
-    panels = dict(zip(shown, np.atleast_1d(figure.subplots(1, len(shown))), strict=True))
-    rows = []
-    print(f"\n| {args.name} | success at the end | first success | return at the end | places | minutes a run |")
-    print("|-|-|-|-|-|-|")
-    for label, curves in measured.items():
-        for tag, points in curves.items():
-            for seed, one in enumerate(points, args.first_seed):
-                rows += [[label, seed, tag, step, f"{y:.4f}"] for step, y in one]
-            if tag in panels:
-                steps, values = [step for step, _ in points[0]], np.array([[y for _, y in one] for one in points])
-                means, halves = interval(values)
-                (line,) = panels[tag].plot(steps, means, label=label)
-                panels[tag].fill_between(steps, means - halves, means + halves, alpha=0.15, color=line.get_color())
-        cells = [at_the_end(curves.get(tag)) for tag in ("eval/success_rate", "eval/episodic_return", "charts/places")]
-        first = ", ".join(first_success(one) for one in curves.get("charts/success_rate", []))
+    variants = EXPERIMENTS[args.name]
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    folders = train_all("icm", variants, args.seeds, args.runs, args.workers, args.first_seed)
+    found = {
+        label: {tag: [curve(x, tag) for x in folders[label]] for tag in tags_of(folders[label])} for label in variants
+    }
+    if args.name in ("maze", "alone"):
+        walks = [random_moves(next(iter(variants.values())), seed) for seed in seeds]
+        found["random moves"] = {"charts/tiles_visited": walks}
+    shown = [tag for tag in PANELS if any(tag in curves for curves in found.values())]
+    figure = Figure(figsize=(3.4 * len(shown), 3.2), dpi=90, layout="constrained")
+    floor = -200 if args.name == "mountaincar" else 0
+    print(
+        f"\n| {args.name} | return at the end, each seed | first success in training | tiles visited | minutes a run |"
+    )
+    print("|-|-|-|-|-|")
+    for label, curves in found.items():
+        last = {tag: ", ".join(f"{points[-1][1]:.4g}" for points in each) for tag, each in curves.items()}
+        first = ", ".join(first_success(points, floor) for points in curves.get("charts/episodic_return", []))
         name = f"`{variants[label]}`" if label in variants else label
         clock = minutes(folders[label]) if label in variants else ""
-        print(f"| {name} | {cells[0]} | {first} | {cells[1]} | {cells[2]} | {clock} |")
-    for tag, axes in panels.items():
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-        axes.set(xlabel="environment steps", ylabel={"charts/places": "places visited"}.get(tag, tag.split("/")[1]))
-    panels["charts/places"].legend(fontsize=7)
-    figure.tight_layout()
+        columns = last.get("eval/episodic_return", ""), first, last.get("charts/tiles_visited", ""), clock
+        print(f"| {name} | {' | '.join(columns)} |")
+    for axes, tag in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
+        for label, curves in found.items():
+            if tag in curves:
+                steps = np.array([step for step, _ in curves[tag][0]])
+                means, halves = interval(np.array([[value for _, value in points] for points in curves[tag]]))
+                (line,) = axes.plot(steps / 1_000, means, label=label)
+                axes.fill_between(steps / 1_000, means - halves, means + halves, alpha=0.2, color=line.get_color())
+        axes.set(xlabel="thousands of environment steps", title=PANELS[tag])
+        if tag in ("losses/value", "losses/forward"):
+            axes.set_yscale("log")
+        if tag == shown[0]:
+            axes.legend(fontsize=8)
     figure.savefig(ROOT / "docs" / "figures" / f"icm_{args.name}.png")
-    if args.name == "maze":
-        film(folders["ICM"][0], folders["PPO alone"][0], ROOT / "docs" / "figures" / "icm_visits.gif")
     path = ROOT / "benchmarks" / "results" / f"icm_{args.name}.csv"
     with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["variant", "seed", "tag", "step", "value"], *rows])
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["variant", "seed", "tag", "step", "value"])
+        for label, curves in found.items():
+            for tag in shown:
+                for seed, points in zip(seeds, curves.get(tag, []), strict=False):
+                    table.writerows([label, seed, tag, step, f"{value:.4g}"] for step, value in points)
     print(f"\nwrote {path.relative_to(ROOT)}")
+
+
+def tags_of(folders: list[Path]) -> list[str]:
+    written = EventAccumulator(str(folders[0])).Reload().Tags()["scalars"]
+    return [tag for tag in (*PANELS, "charts/episodic_return") if tag in written]
 
 
 if __name__ == "__main__":

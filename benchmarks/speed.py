@@ -276,56 +276,34 @@ def vin_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float
     return rows + [(name, "mazes with paths/s", rate) for name, rate in best_rates(mazes, few).items()]
 
 
-# ── icm: steps of the environments, of the agent, and learned from ────────────────────────────────────────────────
+# ── icm: steps of the environments, of the agent, and learned from ─────────────────────
 
 
 def icm_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    """The default preset, by parts; the steps of one update each."""
-    args, cpu = icm.Args(), torch.device("cpu")
-    steps = args.envs * args.horizon
-    envs, one = icm.make_envs(args), functools.partial(icm.make_task, args)
-    apart = gym.vector.SyncVectorEnv([one] * args.envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    agent = icm.make_agent(args, one(), cpu)
-    module = icm.ICM(envs.single_observation_space.shape, envs.single_action_space, args)
-    seen = icm.Moments(envs.single_observation_space.shape, cpu)
-    obs, _ = envs.reset(seed=1)
-    seen.update(torch.from_numpy(obs))
+    args = icm.Args(device="cpu")
+    envs, one = icm.Environments(args), icm.make_env(args)
+    agent, module = icm.Agent(one, args), icm.ICM(one, args)
+    optimizer = torch.optim.Adam([*agent.parameters(), *module.parameters()], fused=True)
+    rollout, _ = icm.act(agent, envs, args.horizon)
+    flat, steps = icm.Rollout(*(x.flatten(0, 1) for x in rollout)), args.horizon * args.envs
+    advantage, target = torch.randn(2, steps)
 
-    def walk(envs: gym.vector.VectorEnv, times: int) -> None:
-        for _ in range(times):
-            envs.step(np.random.randint(4, size=args.envs))
+    def walk() -> None:
+        for _ in range(args.horizon):
+            envs.step(torch.randint(4, (args.envs,)).tolist())
 
-    def play() -> tuple:
-        return icm.play_steps(envs, obs, agent, seen.scale, args.horizon, cpu, lambda: None, lambda *_: None)
+    def learn() -> None:
+        module.intrinsic_reward(flat.s, flat.a, flat.s2)
+        for _ in range(args.epochs):
+            for i in torch.randperm(steps).chunk(args.minibatches):
+                batch = icm.Rollout(*(x[i] for x in flat))
+                icm.update(agent, module, optimizer, batch, advantage[i], target[i], args)
 
-    played, _ = play()
-    x, x2 = (seen.scale(column.flatten(0, 1)) for column in (played.obs, played.next_obs))
-    action, log_prob = played.action.flatten(), played.log_prob.flatten()
-    target, advantage = torch.randn(steps, 2), torch.randn(steps)
-
-    def minibatches() -> list[torch.Tensor]:
-        return [rows for _ in range(args.passes) for rows in torch.randperm(steps).chunk(args.minibatches)]
-
-    def curiosity(losses: Callable) -> None:
-        module.wonder(x, action, x2)
-        for rows in minibatches():
-            sum(losses(x[rows], action[rows], x2[rows])).backward()
-
-    def improve(losses: Callable) -> None:
-        for rows in minibatches():
-            batch = (x[rows], action[rows], log_prob[rows], advantage[rows], target[rows])
-            sum(losses(agent, *batch, args.clip)).backward()
-
-    apart.reset(seed=1)
     variants = {
-        "64 mazes at a time": (functools.partial(walk, envs, args.horizon), steps),
-        "(the same, one environment after another)": (functools.partial(walk, apart, 4), 4 * args.envs),
-        "mazes and policy": (play, steps),
+        "64 mazes": (walk, steps),
+        "mazes and policy": (lambda: icm.act(agent, envs, args.horizon), steps),
+        "intrinsic rewards and four epochs of updates": (learn, steps),
     }
-    for more, on in kinds(compiled).items():
-        curious, greedy = (torch.compile(x) if on else x for x in (module.losses, icm.ppo_losses))
-        variants["curiosity: bonuses, four passes of losses" + more] = functools.partial(curiosity, curious), steps
-        variants["PPO's losses, four passes" + more] = functools.partial(improve, greedy), steps
     return [(name, "steps/s", rate) for name, rate in best_rates(variants, min(rounds, 10)).items()]
 
 

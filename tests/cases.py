@@ -24,48 +24,6 @@ class Case:
 
 
 CASES = {
-    "icm": Case(
-        quick="--total-timesteps 1200 --envs 4 --horizon 25 --passes 2 --maze-size 7 --episode-limit 60 --hidden 16 "
-        "--feature-size 8 --model-hidden 16 --log-every 100 --eval-every 300 --eval-episodes 3 --eval-max-steps 20 "
-        "--picture-every 400",
-        options=[
-            "--reward extrinsic --maze-size 5",
-            "--reward intrinsic --episodic",
-            "--features random --no-normalize",
-            "--features pixels --noisy-tv",
-            "--features noise",
-            "--joint",
-            "--env-id MountainCarContinuous-v0 --capture-video --eval-max-steps 30",
-        ],
-        resume=[
-            "--reward extrinsic --maze-size 5",
-            "--features random --noisy-tv",
-            "--features noise",
-        ],
-        bad=[
-            ("--env-id FrozenLake-v1", "observations"),
-            ("--env-id CliffWalking-v1", "observations"),
-            ("--env-id MountainCar-v0 --noisy-tv", "--noisy-tv"),
-            ("--maze-size 8", "--maze-size"),
-            ("--maze-size 3", "--maze-size"),
-            ("--episode-limit -1", "--episode-limit"),
-            ("--envs 0", "--envs"),
-            ("--horizon 0", "--horizon"),
-            ("--minibatches 0", "--minibatches"),
-            ("--passes 0", "--passes"),
-            ("--gamma 1.01", "--gamma"),
-            ("--bonus-gamma 1", "--bonus-gamma"),
-            ("--beta 1.5", "--beta"),
-            ("--eta 0", "--eta"),
-            ("--policy-weight 0", "--policy-weight"),
-            ("--clip 0", "--clip"),
-            ("--learning-rate 0", "--learning-rate"),
-            ("--entropy -0.1", "--entropy"),
-            ("--decay-steps -1", "--decay-steps"),
-            ("--joint --features random", "--joint"),
-            ("--joint --reward extrinsic", "--joint"),
-        ],
-    ),
     "dreamer_v1": Case(
         quick="--total-timesteps 500 --obs vector --action-repeat 1 --random-steps 200 --train-every 25 --pretrain 2 "
         "--batch-size 4 --batch-length 8 --horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 "
