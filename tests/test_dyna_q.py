@@ -217,7 +217,8 @@ def test_the_moves_of_the_dyna_maze():
 
 
 def test_a_changing_maze_resumes_at_its_step_and_is_evaluated_as_it_is(tmp_path, monkeypatch):
-    flags, count_step = "blocking --bonus 0 --alpha 0.5 --total-timesteps 1300 --eval-every 950", dyna_q.Run.count_step
+    flags = "blocking --bonus 0 --alpha 0.5 --total-timesteps 1300 --eval-every 950"
+    count_steps = dyna_q.Run.count_steps
     whole = train(flags, tmp_path / "whole")
     curves = scalars(tmp_path / "whole")
     lengths = curves["eval/episodic_length"]
@@ -225,12 +226,12 @@ def test_a_changing_maze_resumes_at_its_step_and_is_evaluated_as_it_is(tmp_path,
     assert {*curves["charts/planning_updates"].values()} == {50}
 
     def stop_at_step_900(self):
-        count_step(self)
+        count_steps(self)
         if self.step == 900:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(dyna_q.Run, "count_step", stop_at_step_900)
+        patch.setattr(dyna_q.Run, "count_steps", stop_at_step_900)
         train(flags, tmp_path / "run")
     dyna_q.main(["--resume", str(tmp_path / "run")])
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
