@@ -26,14 +26,15 @@ Symbols: p_θ → Ensemble, D_env → replay, D_model → pool, M → rollouts, 
 
 Usage (return: mean and 95 % interval over seeds; docs/mbpo.md has the curves):
     python algos/mbpo.py                                    # return 1000 [1000, 1000]
-    python algos/mbpo.py pendulum                           # not measured yet
+    python algos/mbpo.py pendulum                           # 14.6 minutes, return −132 [−136, −128]
     python algos/mbpo.py --rollout-length 0                 # the control: SAC with as many updates and no model
     python algos/mbpo.py --env-id my_module:MyEnv-v0        # any Gymnasium task: its termination is learned too
     python algos/mbpo.py --evaluate runs/NAME --episodes 10 --capture-video
 
-Differences from the paper and its code: the networks of the two pendulums are smaller (hopper has the paper's
-sizes); an update trains the critics first, then policy and temperature; every elite gets equally many rows of a batch;
-a transition enters D_env at once; where TERMINAL does not know when an episode terminates, the ensemble learns it.
+Differences from the paper and its code: invertedpendulum has smaller networks (hopper and pendulum have the paper's
+sizes); an update trains the critics first, then policy and temperature; every elite gets equally many rows of a
+batch; a transition enters D_env at once; where TERMINAL does not know when an episode terminates, the ensemble learns
+it.
 """
 
 import argparse
@@ -126,7 +127,7 @@ PRESETS = {
     "invertedpendulum": ("the paper's InvertedPendulum with smaller networks: a pole kept upright", Args()),
     "pendulum": ("Pendulum-v1: swing up and balance within 4,000 steps", Args(
         "Pendulum-v1", 4_000, random_steps=400, epoch_steps=200, model_every=200, rollouts=80_000,
-        model_hidden=200)),
+        hidden=256, model_hidden=200)),
     "hopper": ("Hopper-v5 at the official code's settings: k grows to 11 (15 in epoch 150); hours", Args(
         "Hopper-v5", 125_000, random_steps=5_000, epoch_steps=1_000, rollout_schedule=(20, 150, 1, 15), updates=20,
         hidden=256, model_hidden=200, eval_every=1_000, picture_every=5_000, checkpoint_every=10_000)),
