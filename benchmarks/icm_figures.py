@@ -101,7 +101,7 @@ def main(args: Args) -> None:
         axes.set(xlabel="thousands of environment steps", title=PANELS[tag])
         if tag in ("losses/value", "losses/forward"):
             axes.set_yscale("log")
-        if tag == shown[0]:
+        if tag == shown[len(found) - len(variants)]:  # the second panel also has random moves
             axes.legend(fontsize=8)
     figure.savefig(ROOT / "docs" / "figures" / f"icm_{args.name}.png")
     path = ROOT / "benchmarks" / "results" / f"icm_{args.name}.csv"
