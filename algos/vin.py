@@ -218,7 +218,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def forward(self, obs: dict) -> int:
-        device, (row, column) = self.out.weight.device, obs["position"]
+        device, (row, column) = next(self.parameters()).device, obs["position"]
         images = torch.as_tensor(obs["image"], dtype=torch.float32, device=device)[None]
         cell = torch.tensor([[row * images.shape[-1] + column]], device=device)
         return int(self.attend(self.plan(images, self.iterations), cell).argmax())
