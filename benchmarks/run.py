@@ -162,7 +162,8 @@ def train(run: Run, threads: int = 1, to_stop: Callable[[], bool] = lambda: Fals
             process.wait()
             raise
     if process.returncode:
-        last = run.output.read_text().strip().splitlines()[-1]
+        lines = [line.strip("│╭╮╰╯─ ") for line in run.output.read_text().splitlines()]  # without tyro's frame
+        last = [line for line in lines if line and not line.startswith("For full helptext")][-1]
         if go_on and ALL_DONE in last:  # killed in its last evaluation, after its last checkpoint: begin anew
             shutil.rmtree(run.folder)
             return train(run, threads, to_stop)
