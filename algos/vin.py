@@ -101,8 +101,8 @@ class Args:  # tyro turns each field into a flag and each comment into its help
 LARGE = {"batch_mazes": 12, "eval_every": 5_000, "picture_every": 10_000}
 PRESETS = {
     "maze8": ("mazes of 8 × 8 cells: minutes", Args()),
-    "maze16": ("mazes of 16 × 16 cells", Args("Maze16-v0", 100_000, iterations=20, hold_steps=50_000,
-                                              decay_steps=50_000, **LARGE)),
+    "maze16": ("mazes of 16 × 16 cells", Args("Maze16-v0", 60_000, iterations=20, hold_steps=30_000,
+                                              decay_steps=30_000, **LARGE)),
     "maze28": ("mazes of 28 × 28 cells", Args("Maze28-v0", 50_000, iterations=36, hold_steps=25_000,
                                               decay_steps=25_000, **LARGE)),
 }  # fmt: skip
