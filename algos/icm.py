@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.1,<2", "ale-py>=0.11,<1", "tyro>=1.0,<2",
+#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.3,<2", "ale-py>=0.11,<1", "tyro>=1.0,<2",
 #     "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "pillow>=11,<14", "matplotlib>=3.9,<4", "pygame-ce>=2.5,<3",
 # ]
 # ///
@@ -336,13 +336,14 @@ def draw_curiosity(agent: Agent, icm: ICM, envs: "Environments", rollout: Rollou
         axes.set(xlabel="step of the last rollout", ylabel="intrinsic reward", title=f"step {step:,}: three copies")
         return figure
     figure.suptitle(f"step {step:,}: {(envs.visits > 0).sum()} of {len(task.distance)} tiles visited")
-    s, a, s2, tiles = task.all_moves()
-    error = icm.intrinsic_reward(agent.normalise(s), torch.from_numpy(a).to(agent.device), agent.normalise(s2))
-    curiosity = np.full(task.walls.shape, np.nan)
-    curiosity[tuple(tiles.T)] = error.view(-1, 4).mean(1).cpu()
-    visits = np.where(task.walls, np.nan, np.log10(envs.visits + 1))
-    labels = "log₁₀(visits + 1)", "mean intrinsic reward of the four moves"
-    for axes, values, label in zip(figure.subplots(1, 2), (visits, curiosity), labels, strict=True):
+    panels = {"log₁₀(visits + 1)": np.where(task.walls, np.nan, np.log10(envs.visits + 1))}
+    if icm.args.reward != "extrinsic":
+        s, a, s2, tiles = task.all_moves()
+        error = icm.intrinsic_reward(agent.normalise(s), torch.from_numpy(a).to(agent.device), agent.normalise(s2))
+        curiosity = np.full(task.walls.shape, np.nan)
+        curiosity[tuple(tiles.T)] = error.view(-1, 4).mean(1).cpu()
+        panels["mean intrinsic reward of the four moves"] = curiosity
+    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axes.set(xticks=[], yticks=[], facecolor="black")
         figure.colorbar(axes.imshow(values, cmap="viridis", vmin=0), ax=axes, label=label)
         axes.plot(*task.goal[::-1], "*", color="gold", markersize=12)

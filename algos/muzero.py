@@ -3,7 +3,7 @@
 # dependencies = [
 #     "torch==2.13.0",
 #     "numpy>=2.0,<3",
-#     "gymnasium>=1.1,<2",
+#     "gymnasium>=1.3,<2",
 #     "ale-py>=0.11,<1",
 #     "mujoco>=3.3,<5",
 #     "imageio>=2.34,<3",
