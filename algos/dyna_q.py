@@ -353,10 +353,12 @@ def train(args: Args) -> None:
 # ── The task: mazes of Examples 8.1 to 8.3 ────────────────────────────────────────────────────────────────────────
 
 
-def check_spaces(env: gym.Env) -> None:
+def make_task(args: Args, **kwargs) -> gym.Env:
+    env = gym.make(args.env_id, **kwargs)
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             raise UserError(f"the {name} of {env.spec.id} are {space}, and numbers from 0 on are needed: Discrete(n)")
+    return env
 
 
 class Maze(gym.Env):
@@ -425,10 +427,9 @@ def make_env(args: Args) -> gym.Env:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a screen
     try:
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+        env = make_task(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     except (gym.error.Error, ImportError) as error:  # Gymnasium names the package to install
         raise UserError(f"--env-id {args.env_id}: {error}") from None
-    check_spaces(env)
     if env.spec.max_episode_steps is None:
         gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
         env = gym.wrappers.TimeLimit(env, 1_000)

@@ -403,13 +403,15 @@ def train(args: Args) -> None:
 # ── The task: a maze with one reward, and stacked frames of Atari games ───────────────────────────────────────────
 
 
-def check_spaces(env: gym.Env) -> None:
+def make_task(args: Args, **kwargs) -> gym.Env:
+    env = gym.make(args.env_id, **kwargs)
     space, actions = env.observation_space, env.action_space
     if not (isinstance(space, gym.spaces.Box) and len(space.shape) in (1, 3)):
         hint = "gymnasium.wrappers.FlattenObservation makes a vector."
         raise UserError(f"the observations of {env.spec.id} are {space}, and vectors or images are needed. {hint}")
     if not (isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
         raise UserError(f"the actions of {env.spec.id} are {actions}, and Discrete(n) is needed")
+    return env
 
 
 class Environments:
@@ -573,10 +575,9 @@ def make_env(args: Args) -> gym.Env:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a screen
     try:
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+        env = make_task(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     except (gym.error.Error, ImportError) as error:  # Gymnasium names the package to install
         raise UserError(f"--env-id {args.env_id}: {error}") from None
-    check_spaces(env)
     if env.spec.max_episode_steps is None:
         gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
         env = gym.wrappers.TimeLimit(env, 1_000)

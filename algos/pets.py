@@ -384,13 +384,15 @@ def train(args: Args) -> None:
 # ── The task: rewards as functions of batches, for tasks that never terminate; elsewhere both are learned ─────────
 
 
-def check_spaces(env: gym.Env) -> None:
+def make_task(args: Args, **kwargs) -> gym.Env:
+    env = gym.make(args.env_id, **kwargs)
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             hint = " gymnasium.wrappers.FlattenObservation makes one." if name == "observations" else ""
             raise UserError(f"the {name} of {env.spec.id} are {space}, and a vector of real numbers is needed.{hint}")
     if not env.action_space.is_bounded():
         raise UserError(f"the actions of {env.spec.id} are unbounded: use gymnasium.wrappers.TransformAction")
+    return env
 
 
 def pendulum_reward(s: Tensor, a: Tensor, s2: Tensor) -> Tensor:
@@ -464,10 +466,9 @@ def make_env(args: Args) -> gym.Env:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a screen
     try:
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+        env = make_task(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     except (gym.error.Error, ImportError) as error:  # Gymnasium names the package to install
         raise UserError(f"--env-id {args.env_id}: {error}") from None
-    check_spaces(env)
     if env.spec.max_episode_steps is None:
         gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
         env = gym.wrappers.TimeLimit(env, 1_000)

@@ -362,9 +362,11 @@ def train(args: Args) -> None:
 # ── The task: random mazes, or the paper's data ───────────────────────────────────────────────────────────────────
 
 
-def check_spaces(env: gym.Env) -> None:
+def make_task(args: Args, **kwargs) -> gym.Env:
+    env = gym.make(args.env_id, **kwargs)
     if not (isinstance(env.observation_space, gym.spaces.Dict) and hasattr(env.unwrapped, "sample")):
         raise UserError(f"{env.spec.id} is not a maze with shortest paths: see class Maze in {ALGORITHM}.py for one")
+    return env
 
 
 def read_data(path: str) -> tuple[Mazes, Mazes]:
@@ -480,10 +482,9 @@ def make_env(args: Args) -> gym.Env:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a screen
     try:
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+        env = make_task(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     except (gym.error.Error, ImportError) as error:  # Gymnasium names the package to install
         raise UserError(f"--env-id {args.env_id}: {error}") from None
-    check_spaces(env)
     if env.spec.max_episode_steps is None:
         gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
         env = gym.wrappers.TimeLimit(env, 1_000)
