@@ -1,103 +1,73 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0",
-#     "numpy>=2.0,<3",
-#     "gymnasium>=1.3,<2",
-#     "ale-py>=0.11,<1",
-#     "mujoco>=3.3,<5",
-#     "imageio>=2.34,<3",
-#     "tyro>=1.0,<2",
-#     "tensorboard>=2.18,<3",
-#     "tqdm>=4.66,<5",
-#     "pillow>=11,<14",
-#     "matplotlib>=3.9,<4",
-#     "pygame-ce>=2.5,<3",
+#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.3,<2", "ale-py>=0.11,<1", "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "pillow>=11,<14", "matplotlib>=3.9,<4", "pygame-ce>=2.5,<3",
 # ]
 # ///
-"""Dreamer V2: a model of the world whose random part is a handful of choices, and a policy learned inside it.
+"""DreamerV2: a world model with discrete latent variables, and a policy that learns inside it.
 
-It is Dreamer V1 (dreamer_v1.py stands beside this file in the same order) with what makes it play games: the random
-part of the state is drawn from categorical variables in place of a normal, so that a future that forks can be foreseen
-as a fork; the prior is taught faster than the posterior; and a policy that chooses among actions learns by REINFORCE
-within its dreams, with the value for a baseline and some reward for doubt.
+The world model of Dreamer (dreamer_v1.py, whose order this file keeps) with what makes it play games. The stochastic
+part of the state is a vector of categorical variables instead of a Gaussian, so that it can represent futures that
+branch. The KL divergence is balanced: the prior is trained faster towards the posterior than the posterior towards the
+prior. A policy over discrete actions learns by REINFORCE on imagined steps, with a baseline and an entropy bonus.
 
-Paper: D. Hafner, T. Lillicrap, M. Norouzi, J. Ba, "Mastering Atari with Discrete World Models", ICLR 2021,
-arXiv 2010.02193. Official code: github.com/danijar/dreamerv2.
+Paper: Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Models", ICLR 2021, arXiv 2010.02193.
+Official code: github.com/danijar/dreamerv2.
 
 The algorithm:
-    (1) draw B sequences of L steps; infer their states; the world model learns to reconstruct them and to foresee them
-    (2) from each of these states dream H steps with the policy; the λ-returns say what each dreamed state is worth
-    (3) the policy climbs these returns, by REINFORCE or through the dream; the value learns to foresee them
-    (4) play: infer the state from what is seen, draw an action, keep what happens
+    (1) sample B sequences of L steps, infer their states, and train the world model to predict what they hold (Eq. 2)
+    (2) from each of these states imagine H steps with the policy, and compute λ-returns of a slow value (Eq. 4)
+    (3) train the policy by REINFORCE or the gradient of these returns (Eq. 6), and the value to predict them (Eq. 5)
+    (4) infer the state of the current episode from the observation, sample an action, and store the step
 
-Time is counted one way throughout:
+          a_{t−1}           a_t             Row t of an episode holds o_t, the action a_{t−1} that led to s_t, and the
+    s_{t−1} ────▶ s_t ────▶ s_{t+1}         reward r_t received on arrival. In its first row a = 0 and r = 0.
+                  │  │                      V(s_t) = E[r_t + γ r_{t+1} + …] includes the reward of s_t itself.
+                 o_t r_t
 
-          a_{t−1}           a_t             row t of an episode holds a_{t−1}, o_t, r_t and whether s_t ended it:
-    s_{t−1} ────▶ s_t ────▶ s_{t+1}         the action that led to s_t, and what was found on arriving there.
-                  │  │                      Its first row is what the reset showed, with a = 0 and r = 0.
-                 o_t r_t                    V(s_t) = E[r_t + γ r_{t+1} + ...] holds the reward of s_t itself.
+Symbols: x_t → obs; (h_t, z_t) → State; q(z_t|h_t, x_t) → RSSM.posterior, p(ẑ_t|h_t) → RSSM.prior; p_ψ(â|ẑ) → Actor;
+    v_ξ → value, its copy → slow_value; V^λ → lambda_return; β → kl_scale, α → kl_balance, ρ → reinforce_share,
+    η → entropy_scale.
 
-Symbols (paper → this file):
-    s_t → (h, z), h the recurrent part, z the random one           q(z_t|h_t, x_t) → DiscreteRSSM.posterior
-    p(ẑ_t|h_t) → DiscreteRSSM.prior            p(x̂_t|h_t, z_t), p(r̂_t|h_t, z_t) → decoder, reward_head
-    p(γ̂_t|h_t, z_t) → discount_head            α → kl_balance       β → kl_scale
-    p_ψ(â_t|ẑ_t) → ActionModelV2       v_ξ → value, its copy → slow_value       V^λ → lambda_return       H → horizon
-    ρ → reinforce_share        η → entropy_scale                   B, L → batch_size, batch_length
+Usage (return: mean and 95 % interval over seeds; docs/dreamer_v2.md has the curves):
+    python algos/dreamer_v2.py                                # not measured yet
+    python algos/dreamer_v2.py --latent gaussian              # the paper's ablation
+    python algos/dreamer_v2.py freeway --device cuda          # Atari at the code's settings
+    uv run --with dm_control --with "mujoco<4" algos/dreamer_v2.py walker --device cuda
+    python algos/dreamer_v2.py --evaluate runs/NAME --episodes 10 --capture-video
 
-Run (measured on 2 CPU cores; docs/dreamer_v2.md has the curves):
-    python algos/dreamer_v2.py                                # 11 minutes: 1.00 of 1, 3 seeds; random moves −0.75
-    python algos/dreamer_v2.py --prior gaussian               # V1's random part in V2: 0.09 ± 0.32
-    python algos/dreamer_v2.py --kl-balance 0.5               # prior and posterior taught alike: 1.00
-    python algos/dreamer_v2.py freeway --device cuda          # Atari, at the released code's settings
-    python algos/dreamer_v2.py walker --device cuda           # DeepMind control, needs the package dm_control
-
-Deviations from the paper and the official code:
-  - Episodes shorter than L are filled up, and what fills them counts nowhere; the code skips them, and stops with an
-    error where all are so.
-  - Settings are the released code's where it and the paper's table differ: B = 16, an update for 16 actions,
-    γ = 0.999, five times the loss of ends.
-  - The slow value begins as a copy of the value; the code's begins with weights of its own, for one update.
-  - With --actor-gradient both, REINFORCE takes the action as given; in the code a gradient goes through it too.
-  - Adam's ε stands beside the corrected deviation of the gradient, as in torch; in Keras beside the uncorrected one.
-  - The random steps end with an episode, and are counted in steps. Computing is in float32, or with --bf16 in
-    bfloat16; the code's is float16 with a scaled loss.
-  - MuJoCo draws without smoothed edges and shadows: much faster, and not the pixels of the paper.
-  - The constant of the normal's log-likelihood is left out of the losses; gradients are the same.
-  - --prior gaussian has V1's deviation, softplus + 0.1; the code's own Gaussian bends it by a sigmoid.
-  - A game's seed is drawn anew for each episode, so that a run can go on to the bit.
-  - A vector is read by one dense layer and decoded by two, with mean 0 and deviation 1 in the random steps.
-  - The small preset has smaller networks, larger step sizes, an update for 2 steps, γ = 0.99, images of 32 × 32
-    (--decoder-std and β = 1 make up for the fewer pixels), a dream as long as the game, and much more reward for
-    entropy.
+Differences from the paper and its code: settings are the code's where it differs from the paper's table; episodes
+shorter than L are padded and masked, where the code drops them; the value's slow copy is also the baseline, as in the
+code; continuous actions have the exact gradient of a truncated Gaussian, where the code's ignores the bounds and is 4
+to 14 times larger at first. The small preset has smaller networks and images, more updates per step, a horizon of the
+game's length, and a larger entropy bonus.
 """
 
+import argparse
 import copy
-import functools
+import io
 import itertools
-import json
 import math
 import os
-import random
 import shlex
 import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional
 
 import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal, OneHotCategoricalStraightThrough, kl_divergence
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -106,1044 +76,615 @@ ALGORITHM = "dreamer_v2"
 
 
 @dataclass
-class Args:
-    env_id: str = "Catch-v0"
-    """Any Gymnasium environment with a bounded box of actions or Discrete ones; `module:Env-v0` imports the module
-    first. ControlSuite/walker-walk and its like are DeepMind control's tasks, by the package dm_control; ALE/Pong-v5
-    and its like are Atari games, met as in the paper."""
-    obs: Literal["pixels", "vector"] = "pixels"
-    """What is seen: pictures of the environment (or its observations, where they are images), or its numbers."""
-    image_size: int = 32
-    """Pictures are scaled to so many pixels a side: 32 or 64."""
-    action_repeat: int = 1
-    """Each action is taken so many times, and the rewards are added up. Steps are the environment's."""
-    tanh_rewards: bool = False
-    """Learn tanh of each reward; scores are told as they are."""
-    time_limit: int = 0
-    """Cut episodes after so many actions; 0: the environment's own limit alone."""
-    total_timesteps: int = 10_000
-    """Environment steps in all, those of random actions included."""
-    random_steps: int = 2_000
-    """So many of them take uniformly random actions first."""
-    train_every: int = 2
-    """Learn every this many environment steps, once an action at most."""
-    updates: int = 1
-    """Updates each time."""
-    pretrain: int = 500
-    """Updates when learning begins."""
-    batch_size: int = 16
-    """B: sequences in a batch."""
-    batch_length: int = 8
-    """L: rows in a sequence."""
-    balance_ends: bool = False
-    """Sequences begin anywhere in an episode and are moved back until they fit: its end is drawn more often."""
-    replay_size: int = 1_000_000
-    """Rows that are remembered; whole episodes are forgotten, the oldest first."""
-    horizon: int = 8
-    """H: steps of a dream."""
-    gamma: float = 0.99
-    """γ: discount."""
-    return_lambda: float = 0.95
-    """λ of the returns."""
-    ends: bool = True
-    """Learn where episodes end: a head foresees the discount, γ or 0. Else it is γ everywhere."""
-    ends_scale: float = 5.0
-    """Weight of that head's loss."""
-    kl_scale: float = 1.0
-    """β: weight of the KL divergence between posterior and prior."""
-    kl_balance: float = 0.8
-    """α: share of the KL's gradient that goes to the prior; 0.5: no balancing, both have all of it, as in V1."""
-    free_nats: float = 0.0
-    """A KL below this costs nothing."""
-    free_each: bool = False
-    """Compare each state's KL with the free nats, as the code of V1's paper does; else the mean over the batch."""
-    decoder_std: float = 0.3
-    """Deviation of the normal around what is decoded; smaller: observations count more."""
-    reward_scale: float = 1.0
-    """Rewards are learned times this."""
-    prior: Literal["categorical", "gaussian"] = "categorical"
-    """What z is drawn from: choices, or V1's normal."""
-    deter_size: int = 64
-    """Numbers in h."""
-    stoch_size: int = 32
-    """Categorical variables in z; or numbers, where it is Gaussian."""
-    classes: int = 8
-    """What each of them chooses among."""
-    units: int = 64
-    """Width of the layers inside the RSSM."""
-    depth: int = 8
-    """Channels of the first convolution; the next ones have 2, 4 and 8 times as many."""
-    dense_units: int = 64
-    """Width of the layers of reward, value and policy."""
-    reward_layers: int = 2
-    """Hidden layers of the reward, and of ends."""
-    value_layers: int = 2
-    """Hidden layers of the value."""
-    actor_layers: int = 2
-    """Hidden layers of the policy."""
-    actor_gradient: Literal["reinforce", "dynamics", "both"] = "reinforce"
-    """How the policy learns: from how its actions fared, by the gradient through the dream as in V1, or by both."""
-    reinforce_share: float = 0.9
-    """ρ: share of the first, where it is both."""
-    entropy_scale: float = 0.3
-    """η: reward for the policy's entropy."""
-    slow_every: int = 100
-    """The slow value, which the returns are built on, becomes a copy of the value after the first update and then
-    every so many."""
-    world_learning_rate: float = 3e-3
-    """Adam's step size for the world model."""
-    actor_learning_rate: float = 3e-4
-    """For the policy."""
-    value_learning_rate: float = 1e-3
-    """For the value."""
-    adam_epsilon: float = 1e-5
-    """Adam's ε."""
-    weight_decay: float = 1e-6
-    """Each update takes this share off every weight, whatever the step size."""
-    gradient_clip: float = 100.0
-    """No gradient (world model, policy, value) is longer than this."""
-    exploration: float = 0.0
-    """Deviation of the noise that is added to actions while training; Discrete ones: share of random ones. The policy
-    explores by its entropy alone where it is 0."""
-    seed: int = 1
-    """Fixes Python, NumPy, torch and the environment: the same seed on one CPU gives the same run."""
-    device: str = "auto"
-    """auto, cpu or cuda[:index]."""
-    compile: bool = False
-    """torch.compile for the steps of the RSSM, the hot loop: speed may change, results only by rounding."""
-    bf16: bool = False
-    """Networks compute in bfloat16 while learning, where it is safe."""
-    log_every: int = 500
-    """Write losses and timings every this many steps (returns are written at each episode's end)."""
-    eval_every: int = 1_000
-    """Let the deterministic policy play in an environment of its own every this many steps; 0: only at the end."""
-    eval_episodes: int = 50
-    """Episodes for each of those evaluations."""
-    eval_max_steps: int = 1_000
-    """Cut an evaluation episode after so many actions."""
-    picture_every: int = 1_000
-    """Draw a dream of the episode that just ended, and write its film, every this many steps, 20 times at most; 0: no
-    picture."""
-    capture_video: bool = False
-    """Record the first episode of each evaluation as a GIF in the run folder."""
-    run_dir: Optional[str] = None
-    """Where to write; by default runs/<env>__<algorithm>__<seed>__<time>."""
-    checkpoint_every: int = 5_000
-    """Save a checkpoint every this many steps, at the end of the episode (or once it is as late again); 0: only at
-    the end of the run, and when it is stopped."""
-    resume: Optional[str] = None
-    """Go on with the run in this folder, with its settings. --total-timesteps may be raised: the episode that the
-    first end cut is then left, and a new one begun."""
-    evaluate: Optional[str] = None
-    """Do not train: let the policy saved in this run folder play."""
-    episodes: int = 10
-    """Episodes to play with --evaluate."""
-    progress: bool = True
-    """Show a progress bar (never when the output is no terminal)."""
+class Args:  # tyro turns each field into a flag and each comment into its help
+    env_id: str = "Catch-v0"  # Box or Discrete actions; ALE/Pong-v5: Atari; ControlSuite/walker-walk: dm_control
+    obs: Literal["pixels", "vector"] = "pixels"  # pixels: image observations, or the rendered environment
+    image_size: Literal[32, 64] = 32  # images are resized to this many pixels per side
+    action_repeat: int = 1  # each action is repeated this many times; all steps are counted in the environment
+    tanh_rewards: bool = False  # learn tanh(r); scores are those of the task
+    total_timesteps: int = 10_000  # environment steps
+    random_steps: int = 2_000  # uniformly random actions first, up to the end of an episode
+    train_every: int = 2  # environment steps between rounds of updates
+    updates: int = 1  # updates per round
+    pretrain: int = 500  # updates in the first round
+    batch_size: int = 16  # B: sequences per update
+    batch_length: int = 8  # L: rows per sequence
+    balance_ends: bool = False  # sample the ends of episodes more often
+    replay_size: int = 1_000_000  # rows that are kept; the oldest episodes are dropped first
+    horizon: int = 8  # H: imagined steps
+    gamma: float = 0.99  # γ: discount factor
+    return_lambda: float = 0.95  # λ of the returns
+    ends: bool = True  # predict the discount, 0 at terminal states; otherwise it is γ everywhere
+    ends_scale: float = 5.0  # weight of its loss
+    kl_scale: float = 1.0  # β: weight of the KL divergence
+    kl_balance: float = 0.8  # α: share of the KL that trains the prior; 0.5: no balancing, both by the whole KL
+    free_nats: float = 0.0  # a mean KL below this is not reduced further
+    decoder_std: float = 0.3  # std of the observation's Gaussian; the paper's is 1, smaller means a larger weight
+    reward_scale: float = 1.0  # rewards are multiplied by this
+    latent: Literal["categorical", "gaussian"] = "categorical"  # the distribution of z
+    deter_size: int = 64  # size of h
+    stoch_size: int = 32  # categorical variables in z, or size of a Gaussian z
+    classes: int = 8  # classes of each categorical variable
+    units: int = 64  # units of the layers in the RSSM
+    depth: int = 8  # channels of the first convolution; each of the next has twice as many
+    dense_units: int = 64  # units of the layers of reward, value and policy
+    reward_layers: int = 2  # hidden layers of reward and discount
+    value_layers: int = 2  # hidden layers of the value
+    actor_layers: int = 2  # hidden layers of the policy
+    reinforce_share: float = 1.0  # ρ: share of REINFORCE in the policy's gradient; the rest is the returns' gradient
+    entropy_scale: float = 0.3  # η: weight of the policy's entropy
+    slow_every: int = 100  # updates between copies of the value to the slow value
+    world_learning_rate: float = 3e-3  # Adam's step size for the world model
+    actor_learning_rate: float = 3e-4  # Adam's step size for the policy
+    value_learning_rate: float = 1e-3  # Adam's step size for the value
+    weight_decay: float = 1e-6  # each update removes this share of every weight
+    seed: int = 1  # on one CPU, two runs with the same seed are identical
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
+    compile: bool = False  # torch.compile a step of the RSSM
+    bf16: bool = False  # compute the losses in bfloat16
+    eval_every: int = 1_000  # steps between evaluations (at the end of an episode, like all that follow)
+    picture_every: int = 1_000  # steps between pictures of open-loop predictions
+    checkpoint_every: int = 5_000  # steps between checkpoints; one is also written about every minute
+    episodes: int = 50  # episodes per evaluation
+    capture_video: bool = False  # save the first episode of each evaluation as a GIF
+    run_dir: Optional[str] = None  # output folder; runs/<env>__<algorithm>__<seed>__<time> by default
+    resume: Optional[str] = None  # continue the run in this folder with its own settings
+    evaluate: Optional[str] = None  # do not train: play with the agent of this run folder
+
+    def __post_init__(self):
+        """tyro reports a ValueError raised here as one sentence and exits with code 2."""
+        may_be_zero = ("seed", "random_steps", "return_lambda", "ends_scale", "kl_scale", "free_nats", "kl_balance",
+                       "reinforce_share", "entropy_scale", "weight_decay")  # fmt: skip
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in may_be_zero)):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be a positive number")
+        for name in ("gamma", "return_lambda", "kl_balance", "reinforce_share"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not exceed 1")
+        if self.batch_length < 2 or self.horizon < 2:
+            raise ValueError("--batch-length and --horizon must be at least 2")
 
 
-RELEASED = Args(  # the released code's, for DeepMind control
-    image_size=64, action_repeat=2, total_timesteps=1_000_000, random_steps=2_000, train_every=10,
-    batch_size=16, batch_length=50, pretrain=101, replay_size=2_000_000, horizon=15, ends=False,
-    free_nats=1.0, decoder_std=1.0, deter_size=200, classes=32, units=200, depth=48, dense_units=400,
-    reward_layers=4, value_layers=4, actor_layers=4, actor_gradient="dynamics", entropy_scale=1e-4,
-    world_learning_rate=3e-4, actor_learning_rate=8e-5, value_learning_rate=8e-5, log_every=5_000, eval_every=10_000,
-    eval_episodes=5, picture_every=50_000, checkpoint_every=50_000,
+CONTROL = Args(
+    "ControlSuite/walker-walk", image_size=64, action_repeat=2, total_timesteps=1_000_000, random_steps=2_000,
+    train_every=10, batch_length=50, pretrain=101, replay_size=2_000_000, horizon=15, ends=False, free_nats=1.0,
+    decoder_std=1.0, deter_size=200, classes=32, units=200, depth=48, dense_units=400, reward_layers=4, value_layers=4,
+    actor_layers=4, reinforce_share=0.0, entropy_scale=1e-4, world_learning_rate=3e-4, actor_learning_rate=8e-5,
+    value_learning_rate=8e-5, eval_every=10_000, episodes=5, picture_every=50_000, checkpoint_every=50_000,
 )  # fmt: skip
 ATARI = replace(
-    RELEASED, action_repeat=4, tanh_rewards=True, total_timesteps=200_000_000, random_steps=200_000, train_every=64,
-    pretrain=2, balance_ends=True, gamma=0.999, ends=True, kl_scale=0.1, free_nats=0.0, deter_size=600, units=600,
-    actor_gradient="reinforce", entropy_scale=1e-3, world_learning_rate=2e-4, actor_learning_rate=4e-5,
-    value_learning_rate=1e-4, log_every=20_000, eval_every=1_000_000, eval_max_steps=27_000,
-    picture_every=10_000_000, checkpoint_every=500_000,
+    CONTROL, env_id="ALE/Freeway-v5", action_repeat=4, tanh_rewards=True, total_timesteps=200_000_000,
+    random_steps=200_000, train_every=64, pretrain=2, balance_ends=True, gamma=0.999, ends=True, kl_scale=0.1,
+    free_nats=0.0, deter_size=600, units=600, reinforce_share=1.0, entropy_scale=1e-3, world_learning_rate=2e-4,
+    actor_learning_rate=4e-5, value_learning_rate=1e-4, eval_every=1_000_000, picture_every=10_000_000,
+    checkpoint_every=500_000,
 )  # fmt: skip
 PRESETS = {
-    "catch": (
-        "a game in this file, from pictures of 32 × 32: catch the ball, which jumps aside on its way",
-        Args(),
-    ),
-    "pong": (
-        "Atari's Pong at the released code's settings",
-        replace(ATARI, env_id="ALE/Pong-v5"),
-    ),
-    "freeway": (
-        "Atari's Freeway at the released code's settings",
-        replace(ATARI, env_id="ALE/Freeway-v5"),
-    ),
-    "breakout": (
-        "Atari's Breakout at the released code's settings",
-        replace(ATARI, env_id="ALE/Breakout-v5"),
-    ),
-    "montezuma": (
-        "Atari's Montezuma's Revenge at the released code's settings",
-        replace(ATARI, env_id="ALE/MontezumaRevenge-v5"),
-    ),
-    "walker": (
-        "DeepMind control's walker-walk from pixels at the released code's settings",
-        replace(RELEASED, env_id="ControlSuite/walker-walk"),
-    ),
-}
+    "catch": ("a game in this file, 32 × 32 pixels: catch the ball, which jumps to a random side: minutes", Args()),
+    "freeway": ("Atari at the code's settings: for a GPU", ATARI),
+    "walker": ("DeepMind control from pixels at the code's settings: for a GPU", CONTROL),
+}  # fmt: skip
 
 
-# ── The world model ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── The algorithm: the world model ────────────────────────────────────────────────────────────────────────────────
 
 
 def dense(inputs: int, width: int, layers: int, outputs: int) -> nn.Sequential:
-    sizes, net = [inputs, *[width] * layers], []
-    for i in range(layers):
-        net += [nn.Linear(sizes[i], sizes[i + 1]), nn.ELU()]
-    return nn.Sequential(*net, nn.Linear(sizes[-1], outputs))
+    sizes = [inputs, *[width] * layers]
+    hidden = [part for m, n in itertools.pairwise(sizes) for part in (nn.Linear(m, n), nn.ELU())]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
 
 
-def keras_weights(module: nn.Module) -> None:
-    """As in the official code: weights by Glorot's rule, biases 0."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+def image_encoder(channels: int, size: int, depth: int) -> nn.Sequential:
+    """[N, C, S, S] → [N, E]: convolutions until 2 × 2 pixels are left."""
+    sizes = [channels, *(depth * 2**i for i in range({32: 3, 64: 4}[size]))]
+    layers = [part for m, n in itertools.pairwise(sizes) for part in (nn.Conv2d(m, n, 4, stride=2), nn.ELU())]
+    return nn.Sequential(*layers, nn.Flatten())
 
 
-class ImageEncoder(nn.Sequential):
-    """Convolutions, width 4, stride 2, until 2 × 2 are left: three for 32 pixels, four for 64. [N, C, S, S] → [N, E]"""
+class FromOnePixel(nn.ConvTranspose2d):
+    """A transposed convolution of a single pixel, [N, M] → [N, C, k, k]: a matrix product, and faster as one."""
 
-    def __init__(self, channels: int, size: int, depth: int):
-        count = {32: 3, 64: 4}[size]
-        sizes = [channels, *(depth * 2**i for i in range(count))]
-        convolutions = [nn.Conv2d(m, n, 4, stride=2) for m, n in itertools.pairwise(sizes)]
-        super().__init__(*(layer for conv in convolutions for layer in (conv, nn.ReLU())), nn.Flatten())
-        self.size = 4 * sizes[-1]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last))  # the order that is faster
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[:, None, None]
 
 
-class ImageDecoder(nn.Module):
-    """The way back, from one pixel of many channels. [N, F] → [N, C, S, S]"""
-
-    def __init__(self, inputs: int, channels: int, size: int, depth: int):
-        super().__init__()
-        kernels = {32: (5, 6, 6), 64: (5, 5, 6, 6)}[size]
-        self.width = depth * 4 * 2 ** (len(kernels) - 1)
-        self.first = nn.Linear(inputs, self.width)
-        sizes = [self.width, *(depth * 2**i for i in reversed(range(len(kernels) - 1))), channels]
-        pairs = itertools.pairwise(sizes)
-        layers = [nn.ConvTranspose2d(m, n, k, stride=2) for (m, n), k in zip(pairs, kernels, strict=True)]
-        self.layers = nn.Sequential(*(x for layer in layers for x in (layer, nn.ReLU())))[:-1]
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        spread = self.layers[0]  # of one pixel it is a plain product, and faster as one
-        x = (self.first(features) @ spread.weight.flatten(1)).unflatten(1, spread.weight.shape[1:])
-        return self.layers[1:]((x + spread.bias[:, None, None]).contiguous(memory_format=torch.channels_last))
+def image_decoder(inputs: int, channels: int, size: int, depth: int) -> nn.Sequential:
+    """[N, F] → [N, C, S, S]: transposed convolutions, the first from a single pixel."""
+    kernels = {32: (5, 6, 6), 64: (5, 5, 6, 6)}[size]
+    sizes = [4 * depth * 2 ** (len(kernels) - 1), *(depth * 2**i for i in reversed(range(len(kernels) - 1))), channels]
+    layers = [nn.Linear(inputs, sizes[0]), FromOnePixel(sizes[0], sizes[1], kernels[0])]
+    for m, n, kernel in zip(sizes[1:], sizes[2:], kernels[1:], strict=False):
+        layers += [nn.ELU(), nn.ConvTranspose2d(m, n, kernel, stride=2)]
+    return nn.Sequential(*layers)
 
 
-def elu_for_relu(module: nn.Module) -> nn.Module:
-    """V1's convolutions with V2's activation."""
-    for sequence in [part for part in module.modules() if isinstance(part, nn.Sequential)]:
-        for i, layer in enumerate(sequence):
-            if isinstance(layer, nn.ReLU):
-                sequence[i] = nn.ELU()
-    return module
-
-
-class DiscreteState(NamedTuple):
-    """s: what is believed of the world, [..., D] and [..., Z]; and what z was drawn from: the logits [..., G, C] of G
-    variables with C classes, Z = G · C; with --prior gaussian mean and deviation [..., 2, Z]."""
-
-    h: torch.Tensor
-    z: torch.Tensor
-    stats: torch.Tensor
-
-    def features(self) -> torch.Tensor:
-        return torch.cat([self.z, self.h], -1)
+def keras_init(module: nn.Module) -> None:
+    """As in the official code: Glorot's uniform weights and zero biases."""
+    if not isinstance(module, nn.LayerNorm):
+        for name, parameter in module.named_parameters(recurse=False):
+            (nn.init.zeros_ if name == "bias" else nn.init.xavier_uniform_)(parameter)
 
 
 def latent_size(args: Args) -> int:
-    """Numbers in z: a one for the class that was chosen and noughts for the others, variable after variable."""
-    return args.stoch_size * (args.classes if args.prior == "categorical" else 1)
+    return args.stoch_size * (args.classes if args.latent == "categorical" else 1)
 
 
-def straight_through(logits: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
-    """[..., G, C]: forward a choice in ones and noughts, backward its chances."""
-    # argmax(logits + Gumbel noise) is a draw from softmax(logits)
-    choice = F.one_hot((logits + gumbel).argmax(-1), logits.shape[-1])
-    chances = logits.softmax(-1)
-    # Algorithm 1 of the paper: sample + probs − stop_gradient(probs)
-    return choice + (chances - chances.detach())
+class State(NamedTuple):
+    """s = (h, z), [..., D] and [..., Z], and the parameters of the distribution that z was sampled from: the logits
+    [..., G, C] of G variables with C classes, Z = G · C, or mean and std [..., 2, Z]."""
+
+    h: Tensor
+    z: Tensor
+    parameters: Tensor
+
+    def features(self) -> Tensor:
+        return torch.cat([self.z, self.h], -1)
 
 
-class DiscreteRSSM(nn.Module):
-    """The recurrent state-space model. h remembers; z is what h can't foretell."""
+class RSSM(nn.Module):
+    """The recurrent state-space model: h is deterministic and remembers, z is sampled."""
 
-    def __init__(self, embedded: int, actions: int, args: Args):
+    def __init__(self, embedding: int, actions: int, args: Args):
         super().__init__()
-        self.categorical, self.stoch = args.prior == "categorical", latent_size(args)
+        self.categorical, self.sizes = args.latent == "categorical", (args.deter_size, latent_size(args))
         self.shape = (args.stoch_size, args.classes) if self.categorical else (2, args.stoch_size)
-        self.split, self.deter, outputs = [self.stoch, actions], args.deter_size, math.prod(self.shape)
-        self.gru_in = nn.Linear(self.stoch + actions, args.units)
+        self.gru_in = nn.Linear(latent_size(args) + actions, args.units)
         self.gates = nn.Linear(args.units + args.deter_size, 3 * args.deter_size)
         self.gates_norm = nn.LayerNorm(3 * args.deter_size, eps=1e-3)
-        self.prior_net = dense(args.deter_size, args.units, 1, outputs)
-        self.posterior_in = nn.Linear(args.deter_size + embedded, args.units)
-        self.posterior_out = nn.Linear(args.units, outputs)
-        self.apply(keras_weights)
-        self.filter_step, self.dream_step = self._filter_step, self._dream_step
+        self.prior_net = dense(args.deter_size, args.units, 1, math.prod(self.shape))
+        self.posterior_net = dense(args.deter_size + embedding, args.units, 1, math.prod(self.shape))
         if args.compile:
-            self.filter_step, self.dream_step = torch.compile(self._filter_step), torch.compile(self._dream_step)
+            self.step = torch.compile(self.step)
 
-    def start(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """h and z before anything was seen."""
-        weight = self.gru_in.weight
-        return weight.new_zeros(n, self.deter), weight.new_zeros(n, self.stoch)
+    def start(self, n: int) -> tuple[Tensor, Tensor]:
+        """h and z before the first observation."""
+        return tuple(self.gru_in.weight.new_zeros(n, size) for size in self.sizes)
 
-    def gru(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        # One normalisation for the three gates together; the −1 has h begin by remembering
+    def gru(self, x: Tensor, h: Tensor) -> Tensor:
+        """A GRU with one layer norm for its three gates. The −1 makes it remember at first."""
         reset, new, update = self.gates_norm(self.gates(torch.cat([x, h], -1)).float()).chunk(3, -1)
         update = (update - 1).sigmoid()
         return update * torch.tanh(reset.sigmoid() * new) + (1 - update) * h
 
-    def statistics(self, x: torch.Tensor) -> torch.Tensor:
-        """What z is drawn from, out of a network's last layer."""
+    def distribution(self, parameters: Tensor) -> Independent:
         if self.categorical:
-            return x.float().unflatten(-1, self.shape)
-        mean, std = x.float().chunk(2, -1)
-        return torch.stack([mean, F.softplus(std) + 0.1], -2)
+            # Algorithm 1: a one-hot sample in the forward pass, the gradient of the probabilities in the backward pass
+            return Independent(OneHotCategoricalStraightThrough(logits=parameters, validate_args=False), 1)
+        mean, std = parameters.unbind(-2)
+        return Independent(Normal(mean, F.softplus(std) + 0.1, validate_args=False), 1)
 
-    def noise(self, *shape: int) -> torch.Tensor:
-        """The dice for `draw`."""
-        device = self.gru_in.weight.device
-        if self.categorical:  # Gumbel's
-            return -torch.empty(*shape, *self.shape, device=device).exponential_().log()
-        return torch.randn(*shape, self.stoch, device=device)
+    def prior(self, h: Tensor) -> Tensor:
+        """p(ẑ_t|h_t): the parameters of the distribution of z_t"""
+        return self.prior_net(h).float().unflatten(-1, self.shape)
 
-    def draw(self, stats: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """z, with a gradient."""
-        if self.categorical:
-            return straight_through(stats, noise).flatten(-2)
-        mean, std = stats.unbind(-2)
-        return mean + std * noise
+    def posterior(self, h: Tensor, embedded: Tensor) -> Tensor:
+        """q(z_t|h_t, x_t): the parameters of the distribution of z_t, given the encoded x_t"""
+        return self.posterior_net(torch.cat([h, embedded], -1)).float().unflatten(-1, self.shape)
 
-    def kl(self, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """KL(p ‖ q), the posterior first."""
-        return categorical_kl(p, q) if self.categorical else gaussian_kl(p.unbind(-2), q.unbind(-2))
-
-    def entropy(self, stats: torch.Tensor) -> torch.Tensor:
-        if self.categorical:
-            return -(stats.softmax(-1) * stats.log_softmax(-1)).sum((-2, -1))
-        return (stats.unbind(-2)[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-    def prior(self, h: torch.Tensor) -> torch.Tensor:
-        """p(ẑ_t|h_t), where h has seen s_{t−1} and a_{t−1}: what z is drawn from."""
-        return self.statistics(self.prior_net(h))
-
-    def posterior(self, h: torch.Tensor, pictured: torch.Tensor, w_h: torch.Tensor) -> torch.Tensor:
-        """q(z_t|h_t, x_t); `pictured` is what was seen, after its part of the first layer."""
-        return self.statistics(self.posterior_out(F.elu(F.linear(h, w_h) + pictured)))
-
-    def _filter_step(self, h, z, acted, pictured, noise, w_z, w_h):
-        """h_t, and z_t with what it was drawn from, by looking."""
-        h = self.gru(F.elu(F.linear(z, w_z) + acted), h)
-        stats = self.posterior(h, pictured, w_h)
-        return h, self.draw(stats, noise), stats
-
-    def _dream_step(self, h, z, action, noise):
-        """The same without looking."""
+    def step(self, h: Tensor, z: Tensor, action: Tensor, embedded: Optional[Tensor] = None) -> State:
+        """s_t after s_{t−1} and a_{t−1}: from the posterior if x_t has been observed, otherwise from the prior."""
         h = self.gru(F.elu(self.gru_in(torch.cat([z, action], -1))), h)
-        stats = self.prior(h)
-        return h, self.draw(stats, noise), stats
+        parameters = self.prior(h) if embedded is None else self.posterior(h, embedded)
+        return State(h, self.distribution(parameters).rsample().flatten(h.ndim - 1), parameters)
 
-    def observe(
-        self, embedded: torch.Tensor, actions: torch.Tensor, start: Optional[tuple[torch.Tensor, torch.Tensor]] = None
-    ) -> DiscreteState:
-        """The states [B, T, ...] along what was seen [B, T, E], and done before it [B, T, A]."""
-        if start is None:  # nothing was before, as far as the model knows: no action either
-            start = self.start(len(embedded))
-            actions = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, 1:]], 1)
-        h, z = start
-        # A layer's product with [z, a] is the sum of its products with z and with a. What does not hang on the state
-        # goes through its part for all times at once.
-        w_z, w_a = self.gru_in.weight.split(self.split, 1)
-        w_h, w_e = self.posterior_in.weight.split([self.deter, embedded.shape[-1]], 1)
-        acted = F.linear(actions, w_a, self.gru_in.bias)  # [B, T, U]
-        pictured = F.linear(embedded, w_e, self.posterior_in.bias)
-        noise, states = self.noise(*embedded.shape[:2]), []
-        step = self.filter_step if torch.is_grad_enabled() else self._filter_step  # compiled for learning alone
-        for x in zip(acted.unbind(1), pictured.unbind(1), noise.unbind(1), strict=True):
-            h, z, stats = step(h, z, *x, w_z, w_h)
-            states.append((h, z, stats))
-        return DiscreteState(*(torch.stack(column, 1) for column in zip(*states, strict=True)))
-
-    def foresee(self, h: torch.Tensor, z: torch.Tensor, actions: torch.Tensor) -> DiscreteState:
-        """The states [B, T, ...] that these actions [B, T, A] lead to, seeing nothing."""
+    def unroll(self, h: Tensor, z: Tensor, actions: Tensor, embedded: Optional[Tensor] = None) -> State:
+        """The states [B, T, ...] along actions [B, T, A], each of which led to the observation of its row [B, T, E]."""
         states = []
-        for action in actions.unbind(1):
-            states.append(self._dream_step(h, z, action, self.noise(len(h))))
-            h, z = states[-1][:2]
-        return DiscreteState(*(torch.stack(column, 1) for column in zip(*states, strict=True)))
+        for t in range(actions.shape[1]):
+            states.append(self.step(h, z, actions[:, t], None if embedded is None else embedded[:, t]))
+            h, z = states[-1].h, states[-1].z
+        return State(*(torch.stack(part, 1) for part in zip(*states, strict=True)))
 
 
-class WorldModelV2(nn.Module):
-    """Encoder, RSSM, decoder, reward, and with --ends the discount."""
+class WorldModel(nn.Module):
+    """Encoder, RSSM, and the heads for observation, reward and discount."""
 
-    def __init__(self, shape: tuple[int, ...], actions: int, args: Args):
+    def __init__(self, env: gym.Env, actions: int, args: Args):
         super().__init__()
-        self.args, self.images = args, len(shape) == 3
-        width = args.deter_size + latent_size(args)
+        self.args, self.images, shape = args, args.obs == "pixels", env.observation_space.shape
+        features = args.deter_size + latent_size(args)
         if self.images:
-            self.encoder = ImageEncoder(shape[0], shape[1], args.depth)
-            self.decoder = ImageDecoder(width, shape[0], shape[1], args.depth)
-            embedded = self.encoder.size
-            elu_for_relu(self)
+            self.encoder = image_encoder(shape[0], args.image_size, args.depth)
+            self.decoder = image_decoder(features, shape[0], args.image_size, args.depth)
         else:
-            self.encoder = nn.Sequential(dense(shape[0], args.dense_units, 1, args.dense_units), nn.ELU())
-            self.decoder = dense(width, args.dense_units, 2, shape[0])
+            self.encoder = nn.Sequential(dense(*shape, args.dense_units, 1, args.dense_units), nn.ELU())
+            self.decoder = dense(features, args.dense_units, 2, *shape)
             self.register_buffer("mean", torch.zeros(shape))
             self.register_buffer("std", torch.ones(shape))
-            embedded = args.dense_units
-        self.reward_head = dense(width, args.dense_units, args.reward_layers, 1)
-        self.discount_head = dense(width, args.dense_units, args.reward_layers, 1) if args.ends else None
-        self.apply(keras_weights)
-        self.rssm = DiscreteRSSM(embedded, actions, args)
+        self.reward_head = dense(features, args.dense_units, args.reward_layers, 1)
+        self.discount_head = dense(features, args.dense_units, args.reward_layers, 1) if args.ends else None
+        embedding = 4 * args.depth * args.image_size // 8 if self.images else args.dense_units
+        self.rssm = RSSM(embedding, actions, args)
+        self.apply(keras_init).to(memory_format=torch.channels_last)  # faster convolutions
 
-    def see(self, obs: torch.Tensor) -> torch.Tensor:
-        """What the networks are given for an observation, in learning and in acting."""
+    def normalise(self, obs: Tensor) -> Tensor:
+        """What the networks see, in training and when acting."""
         return obs / 255 - 0.5 if self.images else (obs.float() - self.mean) / self.std
 
-    def set_normalizer(self, obs: np.ndarray) -> None:
+    def set_normaliser(self, obs: Tensor) -> None:
         if not self.images:
-            std = torch.from_numpy(obs.std(0))
-            self.mean.copy_(torch.from_numpy(obs.mean(0)))
+            std = obs.std(0, correction=0)
+            self.mean.copy_(obs.mean(0))
             self.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, ...] → [B, T, E]: all pictures at once."""
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, T, ...] → [B, T, E]"""
         return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def decode(self, features: torch.Tensor) -> torch.Tensor:
+    def decode(self, features: Tensor) -> Tensor:
         return self.decoder(features.flatten(0, 1)).unflatten(0, features.shape[:2]).float()
 
-    def rewards(self, features: torch.Tensor) -> torch.Tensor:
+    def reward(self, features: Tensor) -> Tensor:
         return self.reward_head(features)[..., 0].float()
 
-    def discounts(self, features: torch.Tensor) -> torch.Tensor:
-        """γ, and less where an end is foreseen: the mean of a Bernoulli."""
+    def discount(self, features: Tensor) -> Tensor:
         if self.discount_head is None:
             return torch.full(features.shape[:-1], self.args.gamma, device=features.device)
         return self.discount_head(features)[..., 0].float().sigmoid()
 
 
-def gaussian_kl(p: tuple[torch.Tensor, torch.Tensor], q: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """KL(p ‖ q) of diagonal normals (mean, std), p the posterior and q the prior, summed over the last axis."""
-    # KL = Σ log σ_q/σ_p + (σ_p² + (μ_p − μ_q)²) / 2σ_q² − ½
-    (mean_p, std_p), (mean_q, std_q) = p, q
-    return ((std_q / std_p).log() + (std_p.square() + (mean_p - mean_q).square()) / (2 * std_q.square()) - 0.5).sum(-1)
-
-
-def categorical_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of the logits [..., G, C], summed over the variables."""
-    # KL = Σ_g Σ_c p_gc (ln p_gc − ln q_gc)
-    p, q = p.log_softmax(-1), q.log_softmax(-1)
-    return (p.exp() * (p - q)).sum((-2, -1))
-
-
-def free_kl(kl: torch.Tensor, mask: torch.Tensor, free_nats: float, each: bool) -> torch.Tensor:
-    """The KL's mean over the rows that count [B, T]. Below the free nats it costs nothing, and has no gradient: the
-    prior learns nothing then either."""
-    if each:
-        return masked_mean(kl.clamp(min=free_nats), mask)
-    return masked_mean(kl, mask).clamp(min=free_nats)
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of x [B, T] over the rows that count."""
     return (x * mask).sum() / mask.sum()
 
 
-def balanced_kl(
-    world: WorldModelV2, posterior: torch.Tensor, prior: torch.Tensor, mask: torch.Tensor, args: Args
-) -> torch.Tensor:
-    """The prior is drawn to the posterior faster than the posterior to the prior: a good prior is what dreams need, and
-    a posterior that gives way to a bad one forgets what it sees."""
-    kl, free, alpha = world.rssm.kl, (args.free_nats, args.free_each), args.kl_balance
-    if alpha == 0.5:  # as the released code has it: nothing is balanced or halved, and free nats are each state's
-        return free_kl(kl(posterior, prior), mask, args.free_nats, each=True)
-    # Algorithm 2 of the paper: α KL(sg(q) ‖ p) + (1 − α) KL(q ‖ sg(p)), q the posterior and p the prior
-    to_prior = free_kl(kl(posterior.detach(), prior), mask, *free)
-    to_posterior = free_kl(kl(posterior, prior.detach()), mask, *free)
-    return alpha * to_prior + (1 - alpha) * to_posterior
+def balanced_kl(rssm: RSSM, posterior: Tensor, prior: Tensor, mask: Tensor, args: Args) -> Tensor:
+    """A good prior is what imagination needs; a posterior that follows a bad prior ignores the observations."""
+
+    def kl(q: Tensor, p: Tensor) -> Tensor:
+        return kl_divergence(rssm.distribution(q), rssm.distribution(p))
+
+    if args.kl_balance == 0.5:  # no balancing, as in the code: its free nats are then those of each state
+        return masked_mean(kl(posterior, prior).clamp(min=args.free_nats), mask)
+    # Algorithm 2: α KL(sg(q) ‖ p) + (1 − α) KL(q ‖ sg(p))
+    to_prior = masked_mean(kl(posterior.detach(), prior), mask).clamp(min=args.free_nats)
+    to_posterior = masked_mean(kl(posterior, prior.detach()), mask).clamp(min=args.free_nats)
+    return args.kl_balance * to_prior + (1 - args.kl_balance) * to_posterior
 
 
-def world_model_loss_v2(
-    world: WorldModelV2, batch: "Sequences", args: Args
-) -> tuple[torch.Tensor, DiscreteState, dict[str, torch.Tensor]]:
-    """Step (1): the loss, the states that were inferred, and the loss's parts."""
-    x, mask = world.see(batch.obs), batch.mask
-    states = world.rssm.observe(world.encode(x), batch.action)
-    features = states.features()
+def world_model_loss(world: WorldModel, batch: "Sequences", args: Args) -> tuple[Tensor, State, dict[str, Tensor]]:
+    """Step (1): the loss, the inferred states, and metrics."""
+    x, mask = world.normalise(batch.obs), batch.mask
+    states = world.rssm.unroll(*world.rssm.start(len(x)), batch.action, world.encode(x))
+    features, prior = states.features(), world.rssm.prior(states.h)
     # Eq. 2: L = E[Σ −ln p(x_t|h_t, z_t) − ln p(r_t|h_t, z_t) − ln p(γ_t|h_t, z_t) + β KL(q(z_t|h_t, x_t) ‖ p(z_t|h_t))]
-    # A sum over pixels: their mean would make a picture worth less than the KL
-    image = 0.5 * ((world.decode(features) - x) / args.decoder_std).square().flatten(2).sum(-1)
-    reward = 0.5 * (world.rewards(features) - args.reward_scale * batch.reward).square()
-    prior = world.rssm.prior(states.h)
-    kl = world.rssm.kl(states.stats, prior)
-    parts = {"losses/image": masked_mean(image, mask), "losses/reward": masked_mean(reward, mask)}
-    loss = parts["losses/image"] + parts["losses/reward"]
-    loss = loss + args.kl_scale * balanced_kl(world, states.stats, prior, mask, args)
-    if world.discount_head is not None:
-        # A soft target: the head's mean is then the discount itself
-        logits, target = world.discount_head(features)[..., 0].float(), args.gamma * (1 - batch.terminated.float())
-        ends = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        parts["losses/ends"] = masked_mean(ends, mask)
-        loss = loss + args.ends_scale * parts["losses/ends"]
-    parts |= {
-        "losses/world": loss, "model/kl": masked_mean(kl, mask),
-        "model/prior_entropy": masked_mean(world.rssm.entropy(prior), mask),
-        "model/posterior_entropy": masked_mean(world.rssm.entropy(states.stats), mask),
-    }  # fmt: skip
-    return loss, states, parts
+    # The sum over pixels matters: with their mean the KL would dominate. Constants of the Gaussians are left out.
+    obs_loss = 0.5 * ((world.decode(features) - x) / args.decoder_std).square().flatten(2).sum(-1)
+    reward_loss = 0.5 * (world.reward(features) - args.reward_scale * batch.reward).square()
+    metrics = {"losses/observation": masked_mean(obs_loss, mask), "losses/reward": masked_mean(reward_loss, mask)}
+    loss = metrics["losses/observation"] + metrics["losses/reward"]
+    loss = loss + args.kl_scale * balanced_kl(world.rssm, states.parameters, prior, mask, args)
+    if world.discount_head is not None:  # a soft target: the predicted probability is the discount itself
+        target, logits = args.gamma * (1 - batch.terminated), world.discount_head(features)[..., 0].float()
+        discount_loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        metrics["losses/discount"] = masked_mean(discount_loss, mask)
+        loss = loss + args.ends_scale * metrics["losses/discount"]
+    q, p = world.rssm.distribution(states.parameters), world.rssm.distribution(prior)
+    metrics |= {"losses/world": loss, "model/kl": masked_mean(kl_divergence(q, p), mask)}
+    metrics |= {"model/prior_entropy": masked_mean(p.entropy(), mask)}
+    return loss, states, metrics
 
 
-# ── Behaviour, learned in dreams ──────────────────────────────────────────────────────────────────────────────────
+# ── The algorithm: policy and value, trained on imagined steps ────────────────────────────────────────────────────
 
 
 class TruncatedNormal(NamedTuple):
-    """A normal cut off at −1 and 1, in each of the last axis's numbers."""
+    """A Gaussian truncated to [−1, 1] in each of the last axis's numbers."""
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: Tensor
+    std: Tensor
 
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """−1 and 1 in deviations from the mean, and how much of the normal lies between."""
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """−1 and 1 in stds from the mean, and the probability between them."""
         low, high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         return low, high, torch.special.ndtr(high) - torch.special.ndtr(low)
 
-    def sample(self) -> torch.Tensor:
-        """By the inverse of the distribution function, so that a gradient reaches mean and deviation."""
+    def rsample(self) -> Tensor:
+        """By the inverse of the cumulative distribution function, which has a gradient."""
         low, _, inside = self.bounds()
         u = torch.special.ndtr(low) + torch.rand_like(self.mean) * inside
         x = self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-        return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # rounding may have put it outside
+        return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # rounding may leave the bounds
 
-    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, x: Tensor) -> Tensor:
         normal = -0.5 * ((x - self.mean) / self.std).square() - self.std.log() - 0.5 * math.log(2 * math.pi)
         return (normal - self.bounds()[2].log()).sum(-1)
 
-    def entropy(self) -> torch.Tensor:
-        # ln(√(2πe) σ Z) + (a φ(a) − b φ(b)) / 2Z, a and b the bounds, Z what lies between them
+    def entropy(self) -> Tensor:
+        # ln(√(2πe) σ Z) + (a φ(a) − b φ(b)) / 2Z, where a and b are the bounds and Z is the probability between them
         low, high, inside = self.bounds()
         edges = [x * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi) for x in (low, high)]
         whole = 0.5 * math.log(2 * math.pi * math.e) + self.std.log()
         return (whole + inside.log() + (edges[0] - edges[1]) / (2 * inside)).sum(-1)
 
-    def mode(self) -> torch.Tensor:
+    @property
+    def mode(self) -> Tensor:
         return self.mean
 
 
-class Choice(NamedTuple):
-    """One of the last axis's actions, in ones and noughts."""
+class Actor(nn.Module):
+    """p_ψ(a|s): a truncated Gaussian, or a categorical distribution of Discrete actions. [..., F] → [..., A]"""
 
-    logits: torch.Tensor
-
-    def sample(self) -> torch.Tensor:
-        return straight_through(self.logits, -torch.empty_like(self.logits).exponential_().log())
-
-    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        return (x * self.logits.log_softmax(-1)).sum(-1)
-
-    def entropy(self) -> torch.Tensor:
-        return -(self.logits.softmax(-1) * self.logits.log_softmax(-1)).sum(-1)
-
-    def mode(self) -> torch.Tensor:
-        return F.one_hot(self.logits.argmax(-1), self.logits.shape[-1]).float()
-
-
-class ActionModelV2(nn.Module):
-    """p_ψ(a|s): a normal within (−1, 1), or a choice among Discrete actions. [..., F] → [..., A]"""
-
-    def __init__(self, inputs: int, actions: int, discrete: bool, args: Args):
+    def __init__(self, features: int, actions: int, discrete: bool, args: Args):
         super().__init__()
         self.discrete = discrete
-        self.net = dense(inputs, args.dense_units, args.actor_layers, actions * (1 if discrete else 2))
-        self.apply(keras_weights)
+        self.net = dense(features, args.dense_units, args.actor_layers, actions if discrete else 2 * actions)
 
-    def policy(self, features: torch.Tensor) -> Choice | TruncatedNormal:
+    def forward(self, features: Tensor) -> OneHotCategoricalStraightThrough | TruncatedNormal:
         out = self.net(features).float()
         if self.discrete:
-            return Choice(out)
+            return OneHotCategoricalStraightThrough(logits=out, validate_args=False)
         mean, std = out.chunk(2, -1)
         return TruncatedNormal(torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """An action that gradients pass through."""
-        return self.policy(features).sample()
 
-    def best(self, features: torch.Tensor) -> torch.Tensor:
-        """The deterministic policy."""
-        return self.policy(features).mode()
-
-
-def dream_v2(
-    world: WorldModelV2, actor: ActionModelV2, h: torch.Tensor, z: torch.Tensor, horizon: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step (2): from the states [N, ·] on, the features [N, H + 1, F] of these and of H states that follow, and the
-    actions [N, H, A], of which number t was chosen in state t and led to state t + 1."""
+def imagine(world: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """Step (2): the features [N, H + 1, F] of N states and the H that follow each, and the actions [N, H, A]; action t
+    was chosen in state t."""
     features, actions = [torch.cat([z, h], -1)], []
     for _ in range(horizon):
-        # The policy looks at the state and does not bend it: its gradient goes by its actions alone
-        actions.append(actor(features[-1].detach()))
-        h, z, _ = world.rssm.dream_step(h, z, actions[-1], world.rssm.noise(len(h)))
-        features.append(torch.cat([z, h], -1))
+        # The policy's gradient flows through its actions, not through the states that it sees.
+        actions.append(actor(features[-1].detach()).rsample())
+        state = world.rssm.step(h, z, actions[-1])
+        features.append(state.features())
+        h, z = state.h, state.z
     return torch.stack(features, 1), torch.stack(actions, 1)
 
 
-def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Tensor, lambda_: float) -> torch.Tensor:
-    """V_λ [N, H − 1] of all dreamed states [N, H] but the last, whose value stands for what comes after."""
-    last, returns = value[:, -1], []
+def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
+    """V^λ of all states but the last, [N, H + 1] → [N, H]."""
+    returns, following = [], value[:, -1]
     for t in reversed(range(value.shape[1] - 1)):
-        # Eq. 4 (V1's 6): V_λ(s_t) = r_t + γ_t [(1 − λ) v(s_{t+1}) + λ V_λ(s_{t+1})]
-        last = reward[:, t] + discount[:, t] * ((1 - lambda_) * value[:, t + 1] + lambda_ * last)
-        returns.append(last)
+        # Eq. 4: V^λ_t = r̂_t + γ̂_t [(1 − λ) v_ξ(ẑ_{t+1}) + λ V^λ_{t+1}]
+        following = reward[:, t] + discount[:, t] * ((1 - lambda_) * value[:, t + 1] + lambda_ * following)
+        returns.append(following)
     return torch.stack(returns[::-1], 1)
 
 
-def dream_weights(discount: torch.Tensor) -> torch.Tensor:
-    """[N, H] → [N, H − 1]: what the discounts before it leave of each dreamed state: 1, γ_1, γ_1 γ_2, ..."""
+def discount_weights(discount: Tensor) -> Tensor:
+    """The product of the discounts before each state but the last, [N, H + 1] → [N, H]: 1, γ_0, γ_0 γ_1, …"""
     return torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-2]], 1).cumprod(1).detach()
 
 
-def behaviour_losses_v2(
-    world: WorldModelV2,
-    actor: ActionModelV2,
-    value: nn.Module,
-    slow_value: nn.Module,
-    states: DiscreteState,
-    batch: "Sequences",
-    args: Args,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Steps (2) and (3): the losses of policy and value."""
-    h, z = states.h.detach().flatten(0, 1), states.z.detach().flatten(0, 1)  # [N, D], [N, Z], N = B · T
-    mask, ended = batch.mask.flatten()[:, None], batch.terminated.flatten()[:, None]  # [N, 1]
-    # Where the policy learns by REINFORCE alone no gradient goes through the dream, and none is kept
-    with torch.set_grad_enabled(torch.is_grad_enabled() and args.actor_gradient != "reinforce"):
-        features, actions = dream_v2(world, actor, h, z, args.horizon)
-        rewards, discounts = world.rewards(features), world.discounts(features)
-        if world.discount_head is not None:  # what follows the first state is known, and not to be foreseen
-            discounts = torch.cat([args.gamma * (~ended).float(), discounts[:, 1:]], 1)
-        slow = slow_value(features)[..., 0].float()
-        # Eq. 4, of the states 0 to H − 1; that of state H is the slow value's
-        targets = lambda_return(rewards, slow, discounts, args.return_lambda)
-    weights = mask * dream_weights(discounts)
-    # Eq. 6: max_ψ E[Σ ρ ln p_ψ(a_t|z_t) sg(V^λ_{t+1} − v(z_t)) + (1 − ρ) V^λ_{t+1} + η H(a_t|z_t)], with the released
-    # code's indices. An action chosen in state t is judged by the return of state t + 1, the first that it can change.
-    # State H − 1 has an action too, but the state H after it has no return of its own: so t ends at H − 2.
-    policy = actor.policy(features[:, :-2].detach())
-    share = {"reinforce": 1.0, "dynamics": 0.0, "both": args.reinforce_share}[args.actor_gradient]
+def behaviour_losses(agent: "Agent", states: State, batch: "Sequences", args: Args) -> tuple[Tensor, Tensor, dict]:
+    """Steps (2) and (3): the losses of policy and value, and metrics."""
+    world, mask, ended = agent.world, batch.mask.flatten()[:, None], batch.terminated.flatten()[:, None]
+    # With REINFORCE alone no gradient flows through the imagined steps.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and args.reinforce_share < 1):
+        h, z = (x.detach().flatten(0, 1) for x in (states.h, states.z))
+        features, actions = imagine(world, agent.actor, h, z, args.horizon)
+        reward, discount = world.reward(features), world.discount(features)
+        if world.discount_head is not None:  # the first discount is known
+            discount = torch.cat([args.gamma * (1 - ended), discount[:, 1:]], 1)
+        slow = agent.slow_value(features)[..., 0].float()
+        returns = lambda_return(reward, slow, discount, args.return_lambda)  # of states 0 to H − 1
+    weights = mask * discount_weights(discount)
+    # Eq. 6: max_ψ E[Σ ρ ln p_ψ(a_t|z_t) sg(V^λ_{t+1} − v(z_t)) + (1 − ρ) V^λ_{t+1} + η H(a_t|z_t)], with the code's
+    # indices: an action in state t is judged by the return of state t + 1, the first that it can change, and t ends at
+    # H − 2. The baseline includes the reward of state t and the return does not, which adds variance but no bias.
+    policy = agent.actor(features[:, :-2].detach())
     objective = args.entropy_scale * policy.entropy()
-    if share > 0:
-        # The baseline holds the reward of state t and the return does not: that moves no gradient but its noise
-        advantage = (targets[:, 1:] - slow[:, :-2]).detach()
-        objective = objective + share * policy.log_prob(actions[:, :-1].detach()) * advantage
-    if share < 1:
-        objective = objective + (1 - share) * targets[:, 1:]
-    actor_loss = -(weights[:, :-1] * objective).sum() / (mask.sum() * objective.shape[1])
+    if args.reinforce_share > 0:
+        advantage = (returns[:, 1:] - slow[:, :-2]).detach()
+        objective = objective + args.reinforce_share * policy.log_prob(actions[:, :-1].detach()) * advantage
+    if args.reinforce_share < 1:
+        objective = objective + (1 - args.reinforce_share) * returns[:, 1:]
+    actor_loss = -masked_mean(weights[:, :-1] * objective, mask.expand_as(objective))
     # Eq. 5: min_ξ E[Σ ½ (v_ξ(z_t) − sg(V^λ_t))²]
-    values = value(features[:, :-1].detach())[..., 0].float()
-    value_loss = (weights * 0.5 * (values - targets.detach()).square()).sum() / (mask.sum() * values.shape[1])
-    parts = {"losses/actor": actor_loss, "losses/value": value_loss}
-    for name, x in {
-        "dreamed_reward": rewards, "dreamed_return": targets, "dreamed_value": slow, "policy_entropy": policy.entropy(),
-    }.items():  # fmt: skip
-        parts[f"model/{name}"] = (mask * x).sum() / (mask.sum() * x.shape[1])
-    return actor_loss, value_loss, parts
+    value = agent.value(features[:, :-1].detach())[..., 0].float()
+    value_loss = masked_mean(weights * 0.5 * (value - returns.detach()).square(), mask.expand_as(value))
+    metrics = {"losses/actor": actor_loss, "losses/value": value_loss}
+    metrics["model/policy_entropy"] = masked_mean(policy.entropy(), mask.expand_as(objective))
+    for name, x in (("reward", reward), ("return", returns), ("value", slow)):
+        metrics[f"model/imagined_{name}"] = masked_mean(x, mask.expand_as(x))
+    return actor_loss, value_loss, metrics
 
 
-class DreamerV2:
-    """World model, policy, value and its slow copy, with their optimisers."""
+class Agent(nn.Module):
+    """World model, policy, value and its slow copy, and the state of the current episode."""
 
-    def __init__(self, args: Args, env: gym.Env, device: torch.device):
-        self.args, self.device = args, device
-        self.discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    player = "greedy policy"
+
+    def __init__(self, env: gym.Env, args: Args):
+        super().__init__()
+        self.args, self.discrete = args, isinstance(env.action_space, gym.spaces.Discrete)
         self.actions = int(env.action_space.n) if self.discrete else env.action_space.shape[0]
-        width = args.deter_size + latent_size(args)
-        self.world = WorldModelV2(env.observation_space.shape, self.actions, args).to(device)
-        self.actor = ActionModelV2(width, self.actions, self.discrete, args).to(device)
-        self.value = dense(width, args.dense_units, args.value_layers, 1).apply(keras_weights).to(device)
-        self.slow_value, self.updates = copy.deepcopy(self.value).requires_grad_(False), 0
-        rates = (args.world_learning_rate, args.actor_learning_rate, args.value_learning_rate)
-        # AdamW multiplies its decay by the step size; the released code does not
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                net.parameters(), rate, eps=args.adam_epsilon, weight_decay=args.weight_decay / rate, fused=True
-            )
-            for (name, net), rate in zip(self.networks().items(), rates, strict=True)
-        }
+        features = args.deter_size + latent_size(args)
+        self.world = WorldModel(env, self.actions, args)
+        self.actor = Actor(features, self.actions, self.discrete, args).apply(keras_init)
+        self.value = dense(features, args.dense_units, args.value_layers, 1).apply(keras_init)
+        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
+        self.register_buffer("updates", torch.tensor(0))
+        self.to(args.device)
+        self.reset()
 
-    def networks(self) -> dict[str, nn.Module]:
-        return {"world": self.world, "actor": self.actor, "value": self.value}
+    def reset(self) -> None:
+        """An episode begins."""
+        (self.h, self.z), self.action = self.world.rssm.start(1), torch.zeros(1, self.actions, device=self.args.device)
 
-    def gradient(self, name: str, loss: torch.Tensor, keep: bool = False) -> torch.Tensor:
-        """Of this network's parameters alone: the policy's loss passes through the model and leaves it as it is."""
-        parameters = list(self.networks()[name].parameters())
-        self.optimizers[name].zero_grad()
-        loss.backward(inputs=parameters, retain_graph=keep)
-        return nn.utils.clip_grad_norm_(parameters, self.args.gradient_clip)
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, mode: bool = False) -> Tensor:
+        """Step (4): infer s_t, then choose a_t [A]."""
+        x = self.world.normalise(torch.as_tensor(obs, device=self.args.device)[None, None])
+        state = self.world.rssm.step(self.h, self.z, self.action, self.world.encode(x)[:, 0])
+        policy = self.actor(state.features())
+        action = policy.mode if mode else policy.rsample()
+        self.h, self.z, self.action = state.h, state.z, action
+        return action[0]
 
-    def precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+    def to_env(self, action: Tensor) -> int | np.ndarray:
+        return int(action.argmax()) if self.discrete else action.cpu().numpy()
 
-    def step(self, *names: str) -> None:
-        for name in names:
-            self.optimizers[name].step()
-        if "value" in names:
-            if self.updates % self.args.slow_every == 0:  # after the first update too
-                self.slow_value.load_state_dict(self.value.state_dict())
-            self.updates += 1
-
-    def player(self, explore: float = 0.0, best: bool = False) -> Callable[[Any], Any]:
-        """The policy for one episode: it remembers what it has seen and done."""
-        (h, z), action = self.world.rssm.start(1), torch.zeros(1, self.actions, device=self.device)
-
-        @torch.no_grad()
-        def act(obs: np.ndarray) -> Any:
-            nonlocal h, z, action
-            x = self.world.see(torch.as_tensor(obs, device=self.device)[None, None])
-            state = self.world.rssm.observe(self.world.encode(x), action[:, None], (h, z))
-            h, z, features = state.h[:, 0], state.z[:, 0], state.features()[:, 0]
-            action = self.actor.best(features) if best else self.actor(features)
-            if explore and not self.discrete:
-                action = (action + explore * torch.randn_like(action)).clamp(-1, 1)
-            elif explore and np.random.rand() < explore:
-                action = F.one_hot(torch.randint(self.actions, (1,), device=self.device), self.actions).float()
-            return int(action.argmax()) if self.discrete else action[0].cpu().numpy()
-
-        return act
-
-    def as_numbers(self, action: Any) -> np.ndarray:
-        """An action of the environment as the model reads it."""
-        return np.eye(self.actions, dtype=np.float32)[action] if self.discrete else np.asarray(action, np.float32)
-
-    def learned(self) -> dict:
-        return {name: net.state_dict() for name, net in [*self.networks().items(), ("slow_value", self.slow_value)]}
-
-    def load(self, learned: dict, optimizers: Optional[dict] = None) -> None:
-        for name, net in self.networks().items():
-            net.load_state_dict(learned[name])
-            if optimizers:
-                self.optimizers[name].load_state_dict(optimizers[name])
-        self.slow_value.load_state_dict(learned["slow_value"])
+    def forward(self, obs: np.ndarray) -> int | np.ndarray:
+        return self.to_env(self.act(obs, mode=True))
 
 
-# ── What the model believes: measured, and drawn ──────────────────────────────────────────────────────────────────
+# ── What the model predicts ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
-def seen_then_foreseen_v2(world: WorldModelV2, batch: "Sequences", context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observations [B, T, ...] and rewards [B, T] as the model has them: of the first `context` rows it sees what was
-    seen, then no more, and takes the same actions."""
-    embedded = world.encode(world.see(batch.obs[:, :context]))
-    states = world.rssm.observe(embedded, batch.action[:, :context])
-    ahead = world.rssm.foresee(states.h[:, -1], states.z[:, -1], batch.action[:, context:])
-    features = torch.cat([states.features(), ahead.features()], 1)
-    return world.decode(features), world.rewards(features) / world.args.reward_scale
+def open_loop(world: WorldModel, batch: "Sequences", context: int = 5) -> tuple[Tensor, Tensor]:
+    """Predicted observations [B, T, ...] and rewards [B, T]. The model sees `context` rows, then only the actions."""
+    x = world.normalise(batch.obs[:, :context])
+    seen = world.rssm.unroll(*world.rssm.start(len(x)), batch.action[:, :context], world.encode(x))
+    ahead = world.rssm.unroll(seen.h[:, -1], seen.z[:, -1], batch.action[:, context:])
+    features = torch.cat([seen.features(), ahead.features()], 1)
+    return world.decode(features), world.reward(features) / world.args.reward_scale
 
 
 @torch.no_grad()
-def unseen_metrics_v2(world: WorldModelV2, replay: "SequenceReplay", args: Args) -> dict[str, float]:
-    """On the latest episode, before anything was learned from it."""
-    start, length = replay.last_episode()
-    whole = replay.cut(start, length, min(length, args.batch_length), 8)
-    metrics = {"model/heldout_loss": world_model_loss_v2(world, whole, args)[0].item()}
-    context = 5
-    for horizon in (1, 5, 15, 45):
-        if length >= context + horizon:
-            batch = replay.cut(start, length, context + horizon, 8)
-            obs, reward = seen_then_foreseen_v2(world, batch, context)
-            # ½ of the mean square, after so many steps without looking
-            error = 0.5 * (obs[:, -1] - world.see(batch.obs[:, -1])).square().mean()
-            metrics[f"model/open_loop_error_{horizon}"] = error.item()
-            error = 0.5 * (reward[:, -1] - batch.reward[:, -1]).square().mean()
-            metrics[f"model/reward_error_{horizon}"] = error.item()
+def heldout_metrics(world: WorldModel, replay: "SequenceReplay", args: Args) -> dict[str, Tensor]:
+    """On the latest episode, which the model has not been trained on: ½ of the mean squared errors, h steps ahead."""
+    metrics = {"model/heldout_loss": world_model_loss(world, replay.latest(args.batch_length, 8), args)[0]}
+    batch = replay.latest(50, 8)
+    if batch.obs.shape[1] > 5:
+        obs, reward = open_loop(world, batch)
+        obs_error = 0.5 * (obs - world.normalise(batch.obs)).square().flatten(2).mean((0, 2))
+        reward_error = 0.5 * (reward - batch.reward).square().mean(0)
+        for h in (1, 5, 15, 45):
+            if 4 + h < len(obs_error):
+                metrics[f"model/open_loop_error_{h}"] = obs_error[4 + h]
+                metrics[f"model/reward_error_{h}"] = reward_error[4 + h]
     return metrics
 
 
-def draw_dream(
-    truth: np.ndarray, believed: np.ndarray, reward: np.ndarray, expected: np.ndarray, context: int, title: str
-) -> np.ndarray:
-    """The picture: one sequence as it was and as the model has it, which sees `context` rows and then dreams. Pictures
-    [T, S, S, C] from 0 to 1 as a strip, numbers [T, D] as curves; and the rewards [T]."""
-    pictures, steps = truth.ndim == 4, np.arange(len(truth))
-    panels = 1 if pictures else min(truth.shape[1], 5)
-    figure = Figure(figsize=(9, 3.9 if pictures else 1.3 * (panels + 1)), dpi=80)
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(panels + 1, 1, height_ratios=[*[2.2 if pictures else 1] * panels, 1])
-    if pictures:
-        chosen = np.unique(np.linspace(0, len(truth) - 1, 12).round().astype(int))
-        error = np.abs(believed - truth)
-        rows = [np.concatenate(list(np.pad(x[chosen], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)), 1)
-                for x in (truth, believed, error)]  # fmt: skip
-        strip = np.concatenate(rows)
-        axes[0].imshow(strip if strip.shape[-1] == 3 else strip[..., 0], cmap="gray", vmin=0, vmax=1, aspect="auto")
-        side = truth.shape[1] + 2
-        axes[0].set_xticks((np.arange(len(chosen)) + 0.5) * side, [str(x) for x in chosen], fontsize=7)
-        axes[0].set_yticks((np.arange(3) + 0.5) * side, ["truth", "model", "error"], fontsize=8)
-    for axis, name, real, model in zip(
-        axes[1:] if pictures else axes,
-        ["reward"] if pictures else [*(f"o[{i}]" for i in range(panels)), "reward"],
-        [reward] if pictures else [*truth.T[:panels], reward],
-        [expected] if pictures else [*believed.T[:panels], expected],
-        strict=True,
-    ):
-        axis.plot(steps, real, color="black", linewidth=1, label="truth")
-        axis.plot(steps, model, color="tab:orange", linewidth=1, label="model")
-        axis.axvspan(0, context - 1, color="gray", alpha=0.25, linewidth=0)
-        axis.set_ylabel(name, fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.margins(x=0)
-    axes[-1].legend(fontsize=7, loc="lower right")
-    axes[-1].set_xlabel("step; grey: what the model sees, then it dreams", fontsize=8)
-    figure.tight_layout(pad=0.4)
-    return figure_to_array(figure)
-
-
-def dream_film(truth: np.ndarray, believed: np.ndarray) -> list[np.ndarray]:
-    """Truth, model and error one above the other, sequences [B, T, S, S, C] side by side: a frame for each step."""
-    rows = np.concatenate([np.concatenate(list(x), 2) for x in (truth, believed, np.abs(believed - truth))], 1)
-    frames = (255 * rows).astype(np.uint8).repeat(3, 1).repeat(3, 2)
-    return list(frames if frames.shape[-1] == 3 else frames.repeat(3, -1))
-
-
-@torch.no_grad()
-def draw_codes(world: WorldModelV2, batch: "Sequences") -> np.ndarray:
-    """The chances of z along the first sequence, up to 12 steps side by side: a row for each variable, a column for
-    each class, bright what is likely."""
-    stats = world.rssm.observe(world.encode(world.see(batch.obs[:1])), batch.action[:1]).stats[0]
-    chances = stats[torch.linspace(0, len(stats) - 1, min(12, len(stats))).round().long()].softmax(-1)
-    tiles = F.pad(255 * chances, (1, 1, 1, 1), value=96).byte()  # [12, G, C], framed
-    return torch.cat(list(tiles), 1).cpu().numpy().repeat(4, 0).repeat(4, 1)
+def draw_open_loop(world: WorldModel, replay: "SequenceReplay", step: int) -> Figure:
+    """The latest episode and its open-loop prediction: images or the first numbers of the observation, and rewards."""
+    batch = replay.latest(50)
+    obs, reward = open_loop(world, batch, min(5, batch.obs.shape[1] - 1))
+    truth, model = (x[0].cpu() for x in (world.normalise(batch.obs), obs))
+    panels = 1 if world.images else min(truth.shape[1], 4)
+    figure = Figure(figsize=(9, 4 if world.images else 1.3 * (panels + 1)), dpi=80, layout="constrained")
+    figure.suptitle(f"step {step:,}: the model sees the grey steps and predicts the others from the actions")
+    *axes, last = figure.subplots(panels + 1, 1, height_ratios=[*[2.5 if world.images else 1] * panels, 1])
+    if world.images:
+        columns = torch.linspace(0, len(truth) - 1, 12).round().long().unique()
+        rows = [(x[columns] + 0.5).clamp(0, 1) for x in (truth, model, (model - truth).abs() - 0.5)]
+        tiles = torch.stack([F.pad(x.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=1.0) for x in rows])  # [3, 12, 3, S, S]
+        axes[0].imshow(tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), aspect="auto")
+        side = tiles.shape[-1]
+        axes[0].set_xticks((np.arange(len(columns)) + 0.5) * side, columns.tolist())
+        axes[0].set_yticks((np.arange(3) + 0.5) * side, ["truth", "model", "error"])
+    curves = [] if world.images else [(axis, f"o[{i}]", truth[:, i], model[:, i]) for i, axis in enumerate(axes)]
+    for axis, label, real, predicted in [*curves, (last, "reward", batch.reward[0].cpu(), reward[0].cpu())]:
+        axis.plot(real, color="black", label="truth")
+        axis.plot(predicted, color="tab:orange", label="model")
+        axis.axvspan(0, 4, color="grey", alpha=0.25, linewidth=0)
+        axis.set_ylabel(label)
+    last.legend(fontsize=7)
+    return figure
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_settings(args: Args) -> None:
-    """Every wrong setting that can be seen before training starts, as one sentence."""
-    check_run_settings(args)
-    for least, names in (
-        (1, ("random_steps", "train_every", "updates", "batch_size", "action_repeat", "deter_size", "stoch_size")),
-        (1, ("classes", "slow_every")),
-        (1, ("units", "depth", "dense_units", "reward_layers", "value_layers", "actor_layers")),
-        (2, ("batch_length", "horizon", "replay_size")),  # the last dreamed state has no return of its own
-        (0, ("pretrain", "time_limit")),
-    ):
-        for name in names:
-            if getattr(args, name) < least:
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
-    if args.image_size not in (32, 64):
-        stop(f"--image-size is {args.image_size}: the convolutions are made for 32 or 64")
-    if not 0 <= args.gamma < 1 or not 0 <= args.return_lambda <= 1:
-        stop("--gamma must lie in [0, 1), --return-lambda in [0, 1]")
-    if not 0 <= args.kl_balance <= 1 or not 0 <= args.reinforce_share <= 1:
-        stop("--kl-balance and --reinforce-share must lie in [0, 1]")
-    for name in ("world_learning_rate", "actor_learning_rate", "value_learning_rate", "gradient_clip", "decoder_std",
-                 "reward_scale", "adam_epsilon"):  # fmt: skip
-        if getattr(args, name) <= 0:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-    for name in ("kl_scale", "free_nats", "ends_scale", "exploration", "entropy_scale", "weight_decay"):
-        if getattr(args, name) < 0:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 0")
-    steps, rows = args.total_timesteps // args.action_repeat, 16 * args.checkpoint_every // args.action_repeat
-    if steps > args.replay_size and not 0 < rows <= args.replay_size:
-        stop(f"--checkpoint-every {args.checkpoint_every:,} is too seldom, or never, for --replay-size "
-             f"{args.replay_size:,}: what a checkpoint remembers would be overwritten before the next one")  # fmt: skip
+def train(args: Args) -> None:
+    torch.manual_seed(args.seed)
+    env, test_env = make_env(args), make_env(args)
+    agent = Agent(env, args)
+    replay = SequenceReplay(env, agent.actions, args)
+    networks = {"world": agent.world, "actor": agent.actor, "value": agent.value}
+    rates = args.world_learning_rate, args.actor_learning_rate, args.value_learning_rate
+    optimizers = {}
+    for (name, net), rate in zip(networks.items(), rates, strict=True):
+        decay = args.weight_decay / rate  # AdamW multiplies it by the step size, the official code does not
+        optimizers[name] = torch.optim.AdamW(net.parameters(), rate, eps=1e-5, weight_decay=decay, fused=True)
+    run = Run(args, agent=agent, replay=replay, **{f"{name}_optimizer": x for name, x in optimizers.items()})
+    replay.open(run.dir)
+    autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
+    def backward(name: str, loss: Tensor, retain_graph: bool = False) -> None:
+        """The gradient of one network's parameters: the policy's loss passes through the world model."""
+        parameters = [*networks[name].parameters()]
+        optimizers[name].zero_grad()
+        loss.backward(inputs=parameters, retain_graph=retain_graph)
+        nn.utils.clip_grad_norm_(parameters, 100)
 
-def load_policy(args: Args, env: gym.Env, checkpoint: dict) -> Callable[[], Callable[[Any], Any]]:
-    """For --evaluate: what makes the policy of a checkpoint, for each episode anew."""
-    dreamer = DreamerV2(args, env, pick_device(args.device))
-    dreamer.load(checkpoint["learned"])
-    return lambda: dreamer.player(best=True)
-
-
-def train(args: Args) -> Path:
-    device = pick_device(args.device)
-    print(f"device: {device}")
-    seed_everything(args.seed)
-    env, eval_env = make_task(args), make_task(args, render=args.capture_video)
-    env.action_space.seed(args.seed)
-    run_dir, checkpoint = open_run(args)
-
-    dreamer = DreamerV2(args, env, device)
-    # Room for every step, and for a reset's row with each, where so much is to be remembered. A file takes no room that
-    # is not used.
-    capacity = 2 * (args.total_timesteps // args.action_repeat + 1)
-    pictures = run_dir / "replay.dat" if args.obs == "pixels" else None
-    if checkpoint and pictures:
-        needed = checkpoint["replay"]["filled"] * math.prod(env.observation_space.shape)
-        if not pictures.is_file() or pictures.stat().st_size < needed:
-            stop(f"{run_dir} holds no whole replay.dat, the pictures that were seen: the run can't go on")
-    replay = RingReplay(args.replay_size, capacity, env.observation_space, dreamer.actions, pictures, device)
-    step, learning = 0, False
-    if checkpoint:
-        step, learning = checkpoint["step"], checkpoint["learning"]
-        dreamer.load(checkpoint["learned"], checkpoint["optimisers"])
-        dreamer.updates = checkpoint["updates"]
-        replay.load_state_dict(checkpoint["replay"])
-        set_env_state(env, checkpoint["env"])
-        set_random_states(checkpoint["random"])
-    if args.total_timesteps <= args.random_steps:
-        print(f"nothing will be learned: the first {args.random_steps:,} steps are random (--random-steps)")
-    log = RunLog(args, run_dir, checkpoint)
-    for film in [*run_dir.glob("dreams/step_*"), *run_dir.glob("codes/step_*")]:
-        if int(film.stem.removeprefix("step_")) > step:  # of steps that are taken again
-            film.unlink()
-
-    # These three look at the variables of the loop as they are when they are called, and leave the dice alone.
-    def save() -> None:
-        optimizers = {name: optimizer.state_dict() for name, optimizer in dreamer.optimizers.items()}
-        save_checkpoint(
-            run_dir, step=step, learning=learning, learned=dreamer.learned(), optimisers=optimizers,
-            updates=dreamer.updates, replay=replay.state_dict(), env=env_state(env), log=log.state_dict(),
-        )  # fmt: skip
-        log.lap("log")
-
-    def measure() -> None:
-        before = random_states()
-        set_env_state(eval_env, env_state(env), generators=False)
-        log.evaluation(step, lambda: dreamer.player(best=True), eval_env)
-        set_random_states(before)
-
-    def draw() -> None:
-        before, context = random_states(), 5
-        start, length = replay.last_episode()
-        context = min(context, length - 1)
-        batch = replay.cut(start, length, min(length, 50), 3)
-        believed, expected = seen_then_foreseen_v2(dreamer.world, batch, context)
-        truth, believed = dreamer.world.see(batch.obs).cpu().numpy(), believed.cpu().numpy()
-        if dreamer.world.images:
-            truth, believed = ((x + 0.5).clip(0, 1).transpose(0, 1, 3, 4, 2) for x in (truth, believed))
-            save_gif(dream_film(truth, believed), run_dir / "dreams" / f"step_{step:08d}.gif")
-        if dreamer.world.rssm.categorical:
-            (run_dir / "codes").mkdir(exist_ok=True)
-            Image.fromarray(draw_codes(dreamer.world, batch)).save(run_dir / "codes" / f"step_{step:08d}.png")
-        rewards = (x[0].cpu().numpy() for x in (batch.reward, expected))
-        log.picture(step, draw_dream(truth[0], believed[0], *rewards, context, f"{args.env_id}: step {step:,}"))
-        set_random_states(before)
-
-    obs, _ = env.reset(seed=None if checkpoint else args.seed)
-    replay.begin(obs)
-    player, episode_return, episode_length = dreamer.player(args.exploration), 0.0, 0
-    with StopSignal() as stop_signal:
-        while step < args.total_timesteps:
-            count = args.updates if learning and log.due("train", args.train_every, step) else 0
-            if not learning and step >= args.random_steps and episode_length == 0 and replay.starts:
-                learning, count = True, args.pretrain
-                log.due("train", args.train_every, step)  # these stand for that round
-                dreamer.world.set_normalizer(replay.obs[: replay.size])
-                log.start_clock(step)
-            for _ in range(count):
-                if stop_signal.to_stop(False):
-                    break
-                # (1) the world model learns to reconstruct and to foresee sequences
+    while run.unfinished():
+        obs, info = env.reset(seed=run.begin_episode())
+        agent.reset()
+        replay.begin(obs)
+        training, over, metrics = run.step >= args.random_steps and len(replay.starts) > 1, False, []
+        while not over and run.step < args.total_timesteps:
+            updates = args.updates if training and run.step % args.train_every < args.action_repeat else 0
+            if training and agent.updates == 0:
+                agent.world.set_normaliser(replay.rows(torch.arange(replay.size)).obs)
+                updates = args.pretrain
+            for _ in tqdm(range(updates), "updates", leave=False, disable=None if updates >= 100 else True):
+                # (1) sample sequences, infer their states, and train the world model
                 batch = replay.sample(args.batch_size, args.batch_length, args.balance_ends)
-                with dreamer.precision():
-                    loss, states, parts = world_model_loss_v2(dreamer.world, batch, args)
-                norms = {"world": dreamer.gradient("world", loss)}
-                dreamer.step("world")  # the dreams are the new model's, from states that the old one inferred
-                log.lap("model")
-                # (2) from their states dream H steps with the policy; the λ-returns
-                with dreamer.precision():
-                    networks = dreamer.world, dreamer.actor, dreamer.value, dreamer.slow_value
-                    actor_loss, value_loss, more = behaviour_losses_v2(*networks, states, batch, args)
-                # (3) the policy climbs the returns, by REINFORCE or through the dream; the value learns to foresee them
-                norms["value"] = dreamer.gradient("value", value_loss, keep=True)
-                norms["actor"] = dreamer.gradient("actor", actor_loss)
-                dreamer.step("actor", "value")
-                for tag, value in {**parts, **more, **{f"losses/norm_{k}": v for k, v in norms.items()}}.items():
-                    log.mean(tag, value)
-                log.lap("behaviour")
-
-            # (4) infer the state from what is seen, draw an action, keep what happens
-            action = player(obs) if learning else env.action_space.sample()
-            log.lap("policy")
-            obs, reward, terminated, truncated, _ = env.step(action)
-            reward, over = float(reward), bool(terminated or truncated)
-            step += args.action_repeat
-            if not math.isfinite(reward) or not np.isfinite(obs).all():
-                stop(f"{args.env_id} gave the reward {reward} and {obs} at step {step:,}: nothing to learn from")
-            learned = math.tanh(reward) if args.tanh_rewards else reward
-            replay.add(obs, dreamer.as_numbers(action), learned, terminated, over)
-            episode_return, episode_length = episode_return + reward, episode_length + 1
-            log.lap("env")
-
-            log.bar.update(args.action_repeat)
-            if over:
-                log.episode(step, episode_return, episode_length)
-                if learning and log.due("heldout", args.log_every, step):
-                    before = random_states()
-                    log.scalars(step, unseen_metrics_v2(dreamer.world, replay, args))
-                    set_random_states(before)
-            if log.due("log", args.log_every, step):
-                log.flush(step)
-            if log.due("eval", args.eval_every, step) and step < args.total_timesteps:
-                measure()
-            if log.due("picture", args.picture_every, step, at_most=20, wait_for=over) and step < args.total_timesteps:
-                draw()
-            if over and step < args.total_timesteps:
-                if log.due("checkpoint", args.checkpoint_every, step, wait_for=True):
-                    save()
-                if stop_signal.to_stop(True):
-                    break
-                obs, _ = env.reset()
-                replay.begin(obs)
-                player, episode_return, episode_length = dreamer.player(args.exploration), 0.0, 0
-                log.lap("env")
-            elif log.due("checkpoint", args.checkpoint_every, step, wait_for=False):
-                save()
-            if stop_signal.to_stop(False):
-                break
-        save()
-    if stop_signal.number and step < args.total_timesteps:
-        log.stopped(step, stop_signal.number)
-    if step >= args.total_timesteps > args.random_steps and not learning:
-        print(f"nothing was learned: no episode ended between the {args.random_steps:,} random steps and the last one")
-    measure()
-    if args.picture_every:
-        draw()
-    log.finish(step)
-    env.close()
-    eval_env.close()
-    return run_dir
+                with autocast():
+                    loss, states, world_metrics = world_model_loss(agent.world, batch, args)
+                backward("world", loss)
+                optimizers["world"].step()  # the states are those of the old model, imagination uses the new one
+                # (2) imagine steps from these states, and compute λ-returns
+                with autocast():
+                    actor_loss, value_loss, behaviour_metrics = behaviour_losses(agent, states, batch, args)
+                # (3) train the policy to increase these returns, and the value to predict them
+                backward("value", value_loss, retain_graph=True)
+                backward("actor", actor_loss)
+                for name in ("actor", "value"):
+                    optimizers[name].step()
+                if agent.updates % args.slow_every == 0:  # also after the first update
+                    agent.slow_value.load_state_dict(agent.value.state_dict())
+                metrics.append({name: x.detach() for name, x in (world_metrics | behaviour_metrics).items()})
+                agent.updates += 1
+            # (4) infer the current state, sample an action, and store the step
+            if training:
+                action = agent.act(obs)
+            elif agent.discrete:
+                action = F.one_hot(torch.randint(agent.actions, ()), agent.actions).float()
+            else:
+                action = 2 * torch.rand(agent.actions) - 1
+            obs, reward, terminated, truncated, info = env.step(agent.to_env(action))
+            replay.add(obs, action, math.tanh(reward) if args.tanh_rewards else reward, terminated)
+            over = terminated or truncated
+            run.count_steps(args.action_repeat)
+        for tag in metrics[0] if metrics else ():
+            run.log(tag, torch.stack([m[tag] for m in metrics]).mean())
+        run.end_episode(info)
+        with torch.random.fork_rng():
+            if training and run.due(args.eval_every):
+                for tag, value in heldout_metrics(agent.world, replay, args).items():
+                    run.log(tag, value)
+            if training and run.due(args.picture_every):
+                run.picture(draw_open_loop(agent.world, replay, run.step))
+        if run.due(args.eval_every):
+            run.evaluate(agent, test_env)
+    run.close()
 
 
-# ── The tasks ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The task: a game, Atari as in the paper, and the DeepMind control suite ───────────────────────────────────────
 
 
 class Catch(gym.Env):
-    """A ball falls through 8 × 8 tiles; a paddle on the floor moves left, stays, or moves right. +1 if the paddle is
-    where the ball comes down, else −1, and the episode ends. Four moves before that the ball jumps two tiles aside, to
-    the left or the right with the same chance (unless `branch` is off): who stays near it catches both."""
+    """A ball falls through 8 × 8 tiles, and a paddle at the bottom moves left, stays, or moves right. The reward at the
+    end is 1 if the paddle catches the ball, otherwise −1. Four moves before that the ball jumps two tiles to the left
+    or to the right, with equal probability."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
     observation_space, action_space = gym.spaces.Box(0, 255, (32, 32, 1), np.uint8), gym.spaces.Discrete(3)
-    TILES, JUMPS_ON, JUMP = 8, 3, 2
 
-    def __init__(self, render_mode: Optional[str] = None, branch: bool = True):
-        self.render_mode, self.branch = render_mode, branch
+    def __init__(self, render_mode: Optional[str] = None):
+        self.render_mode = render_mode
 
-    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None) -> tuple[np.ndarray, dict]:
+    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
-        self.row, self.paddle = 0, int(self.np_random.integers(self.TILES))
-        self.ball = int(self.np_random.integers(self.JUMP, self.TILES - self.JUMP))  # both jumps stay inside
+        self.row, self.paddle = 0, int(self.np_random.integers(8))
+        self.ball = int(self.np_random.integers(2, 6))  # both jumps stay inside
         return self.picture(), {}
 
-    def step(self, action: int) -> tuple:
-        self.paddle = min(max(self.paddle + int(action) - 1, 0), self.TILES - 1)
+    def step(self, action: int):
+        self.paddle = min(max(self.paddle + int(action) - 1, 0), 7)
         self.row += 1
-        if self.branch and self.row == self.JUMPS_ON:
-            self.ball += self.JUMP * int(self.np_random.choice([-1, 1]))
-        over = self.row == self.TILES - 1
-        reward = (1.0 if self.ball == self.paddle else -1.0) if over else 0.0
-        return self.picture(), reward, over, False, {}
+        if self.row == 3:
+            self.ball += 2 * int(self.np_random.choice([-1, 1]))
+        reward = (1.0 if self.ball == self.paddle else -1.0) if self.row == 7 else 0.0
+        return self.picture(), reward, self.row == 7, False, {}
 
     def picture(self) -> np.ndarray:
-        tiles = np.zeros((self.TILES, self.TILES, 1), np.uint8)
+        tiles = np.zeros((8, 8, 1), np.uint8)
         tiles[-1, self.paddle] = 128
         tiles[self.row, self.ball] = 255
         return tiles.repeat(4, 0).repeat(4, 1)
@@ -1152,801 +693,404 @@ class Catch(gym.Env):
         return self.picture().repeat(8, 0).repeat(8, 1).repeat(3, 2)
 
 
-if "Catch-v0" not in gym.registry:
-    gym.register("Catch-v0", entry_point=Catch)
-gym.register_envs(ale_py)
+class NoOps(gym.Wrapper):
+    """An Atari episode begins with 1 to 30 frames without an action."""
 
-
-@functools.cache
-def area_means(size: int, cells: int) -> np.ndarray:
-    """[cells, size]: what each pixel counts in the mean over a cell, which may hold a part of it."""
-    edges, pixels = np.arange(cells + 1) * size / cells, np.arange(size)
-    inside = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (inside.clip(0) * cells / size).astype(np.float32)
-
-
-class Game(gym.Wrapper):
-    """An Atari game as in the paper, [1, S, S] uint8: an action lasts for several frames, and of the last two that were
-    seen each pixel's brighter one is shown, for some games draw things in every second frame alone. An episode begins
-    with 1 to 30 frames of doing nothing."""
-
-    IDLE = 30
-
-    def __init__(self, env: gym.Env, times: int, size: int):
-        super().__init__(env)
-        self.times, self.size = times, size
-        self.observation_space = gym.spaces.Box(0, 255, (1, size, size), np.uint8)
-
-    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None) -> tuple[np.ndarray, dict]:
-        dice = self.env.unwrapped.np_random
-        # The game keeps its own dice, for sticky actions: from a seed that the environment's generator gives, which
-        # checkpoints hold
-        frame, info = self.env.reset(seed=int(dice.integers(2**31)) if seed is None else seed)
-        for _ in range(self.env.unwrapped.np_random.integers(1, self.IDLE + 1)):
-            frame, _, terminated, truncated, info = self.env.step(0)
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        for _ in range(self.np_random.integers(1, 31)):
+            obs, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
-                frame, info = self.env.reset()
-        return self.shrink(frame), info
-
-    def step(self, action: int) -> tuple:
-        frames, total, over = [], 0.0, False
-        while not over and len(frames) < self.times:
-            frame, reward, terminated, truncated, info = self.env.step(action)
-            frames, total, over = [*frames, frame], total + float(reward), terminated or truncated
-        return self.shrink(np.max(frames[-2:], axis=0)), total, terminated, truncated, info
-
-    def shrink(self, frame: np.ndarray) -> np.ndarray:
-        rows, columns = (area_means(n, self.size) for n in frame.shape)
-        return (rows @ frame @ columns.T).round().astype(np.uint8)[None]
-
-
-class Repeat(gym.Wrapper):
-    """Each action is taken several times."""
-
-    def __init__(self, env: gym.Env, times: int):
-        super().__init__(env)
-        self.times = times
-
-    def step(self, action: Any) -> tuple:
-        total = 0.0
-        for _ in range(self.times):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
+                obs, info = self.env.reset()
+        return obs, info
 
 
 def is_image(space: gym.Space) -> bool:
-    """[H, W, 1 or 3] uint8"""
     return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and space.shape[2:] in ((1,), (3,))
 
 
-class Pictures(gym.Wrapper):
-    """What a camera sees, or an observation that is an image: [3, S, S] uint8."""
-
-    def __init__(self, env: gym.Env, size: int):
-        super().__init__(env)
-        self.size = size
-        self.own = is_image(env.observation_space)
-        self.observation_space = gym.spaces.Box(0, 255, (3, size, size), np.uint8)
-        self.renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-
-    def close(self) -> None:
-        self.use_context()  # else MuJoCo frees what is another environment's
-        super().close()
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(**kwargs)
-        return self.picture(obs), info
-
-    def step(self, action: Any) -> tuple:
-        obs, *rest = self.env.step(action)
-        return self.picture(obs), *rest
-
-    def use_context(self) -> None:
-        """Of several environments in a process MuJoCo gives each one its own."""
-        if self.renderer and self.renderer.viewer:
-            self.renderer.viewer.make_context_current()
-
-    def picture(self, obs: Any) -> np.ndarray:
-        if not self.own:
-            self.use_context()
-        frame = np.asarray(obs if self.own else self.env.render())
-        frame = frame[..., 0] if frame.shape[-1] == 1 else frame
-        image = Image.fromarray(frame).convert("RGB").resize((self.size, self.size), Image.Resampling.BOX)
-        return np.array(image).transpose(2, 0, 1).copy()
-
-
-def cheap_pictures(model: Any, size: int) -> None:
-    """Without smoothed edges and shadows MuJoCo draws small pictures ten times as fast."""
-    model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 0
-    model.vis.global_.offwidth, model.vis.global_.offheight = size, size
+def resize(image: np.ndarray, size: int, channels: int = 3) -> np.ndarray:
+    """[H, W, 1 or 3] or grey [H, W] → [C, S, S]"""
+    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB" if channels == 3 else "L")
+    image = np.array(image.resize((size, size), Image.Resampling.BOX)).reshape(size, size, channels)
+    return image.transpose(2, 0, 1).copy()
 
 
 class ControlSuite(gym.Env):
-    """A task of the DeepMind control suite, `ControlSuite/walker-walk`. Its end is a time limit, except where its
-    discount says otherwise."""
+    """A task of the DeepMind control suite: `ControlSuite/walker-walk`."""
 
-    metadata = {"render_modes": ["rgb_array"]}
-    INSTALL = 'pip install dm_control "mujoco<4"'
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
 
-    def __init__(self, name: str, size: int):
+    def __init__(self, name: str, size: int, render_mode: Optional[str] = None):
         try:
             from dm_control import suite
-        except ModuleNotFoundError:
-            raise gym.error.DependencyNotInstalled(self.INSTALL) from None
-        self.domain, self.task = name.split("-", 1)
-        self.render_mode, self.size = "rgb_array", size
+        except (ImportError, AttributeError) as error:
+            raise UserError(f'pip install dm_control "mujoco<4" for the DeepMind control suite: {error}') from None
+        self.name, self.size, self.render_mode = name, size, render_mode
         try:
-            self.control = suite.load(self.domain, self.task, task_kwargs={"random": 0})
-        except AttributeError as error:  # dm_control 1.0 reads names that MuJoCo 4 has no more
-            raise gym.error.DependencyNotInstalled(f"{self.INSTALL}, for {error}") from None
-        cheap_pictures(self.control.physics.model, size)
-        spec = self.control.action_spec()
-        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-        count = sum(math.prod(x.shape) for x in self.control.observation_spec().values())
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (count,), np.float32)
+            self.task = suite.load(*name.split("-", 1))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--env-id ControlSuite/{name}: {error}") from None
+        quality = self.task.physics.model.vis.quality
+        quality.offsamples, quality.shadowsize = 0, 0  # without antialiasing and shadows it renders ten times faster
+        actions, size = self.task.action_spec(), sum(math.prod(x.shape) for x in self.task.observation_spec().values())
+        self.action_space = gym.spaces.Box(actions.minimum.astype(np.float32), actions.maximum.astype(np.float32))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
-    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None) -> tuple[np.ndarray, dict]:
+    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
-        # The task draws its own numbers: from a seed that this environment's generator gives, which checkpoints hold
-        self.control.task._random = np.random.RandomState(self.np_random.integers(2**31))
-        return self.numbers(self.control.reset()), {}
+        self.task.task._random = np.random.RandomState(self.np_random.integers(2**31))
+        return self.numbers(self.task.reset()), {}
 
-    def step(self, action: np.ndarray) -> tuple:
-        time_step = self.control.step(action)
-        ended = time_step.last() and time_step.discount == 0
-        return self.numbers(time_step), time_step.reward or 0.0, ended, time_step.last() and not ended, {}
+    def step(self, action: np.ndarray):
+        step = self.task.step(action)
+        terminated = step.last() and step.discount == 0
+        return self.numbers(step), step.reward or 0.0, terminated, step.last() and not terminated, {}
 
-    def numbers(self, time_step: Any) -> np.ndarray:
-        return np.concatenate([np.ravel(x) for x in time_step.observation.values()]).astype(np.float32)
+    def numbers(self, step) -> np.ndarray:
+        return np.concatenate([np.ravel(x) for x in step.observation.values()]).astype(np.float32)
 
     def render(self) -> np.ndarray:
-        camera = 2 if self.domain == "quadruped" else 0
-        return self.control.physics.render(self.size, self.size, camera_id=camera)
+        camera = 2 if self.name.startswith("quadruped") else 0
+        return self.task.physics.render(self.size, self.size, camera_id=camera)
 
 
-def make_task(args: Args, render: bool = False) -> gym.Env:
-    """The environment as the agent meets it: pictures or numbers, actions in [−1, 1] or Discrete."""
-    pixels, name = args.obs == "pixels", args.env_id.removeprefix("ControlSuite/")
-    game = args.env_id.startswith("ALE/")
-    draws = render or (
-        pixels and not game and (name != args.env_id or not is_image(make_env(args.env_id).observation_space))
-    )
-    if draws and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    size = args.image_size if pixels else 240
-    if name != args.env_id:
-        if args.env_id not in gym.registry and name.count("-") == 1:
-            gym.register(args.env_id, lambda **kwargs: ControlSuite(name, **kwargs), max_episode_steps=1000)
-        env = make_env(args.env_id, size=size)
-    else:
-        settings = {"render_mode": "rgb_array"} if draws else {}
-        if game:  # an episode ends with the game, not with a life
-            settings |= {"obs_type": "grayscale", "frameskip": 1, "repeat_action_probability": 0.25}
-            settings |= {"full_action_space": False}
-        env = make_env(args.env_id, **settings)
-        if draws and hasattr(env.unwrapped, "mujoco_renderer"):
-            model, renderer = env.unwrapped.model, env.unwrapped.mujoco_renderer
-            cheap_pictures(model, size)
-            renderer.width = renderer.height = size
-            cameras = [model.camera(i).name for i in range(model.ncam)]
-            if pixels and "track" in cameras:  # the default one stands still, and the robot runs out of its picture
-                renderer.camera_id = cameras.index("track")
+def make_task(args: Args, **kwargs) -> gym.Env:
+    if args.env_id.startswith("ALE/"):  # grey frames, the maximum of the last two, and sticky actions
+        env = gym.make(args.env_id, obs_type="grayscale", frameskip=1, max_episode_steps=108_000, **kwargs)
+        env = gym.wrappers.MaxAndSkipObservation(NoOps(env), args.action_repeat)
+        space = gym.spaces.Box(0, 255, (1, args.image_size, args.image_size), np.uint8)
+        return gym.wrappers.TransformObservation(env, partial(resize, size=args.image_size, channels=1), space)
+    if args.env_id.startswith("ControlSuite/"):
+        make = partial(ControlSuite, args.env_id.partition("/")[2])
+        if args.env_id not in gym.registry:
+            gym.register(args.env_id, make, max_episode_steps=1_000)
+        kwargs["size"] = args.image_size if args.obs == "pixels" else 240
+    env = gym.make(args.env_id, **kwargs)
+    if args.obs == "pixels" and not is_image(env.observation_space):
+        env = gym.make(args.env_id, **kwargs | {"render_mode": "rgb_array"})
     if isinstance(env.action_space, gym.spaces.Box):
-        actions = env.action_space
-        if len(actions.shape) != 1 or not np.isfinite([actions.low, actions.high]).all():
-            stop(f"the actions of {args.env_id} are {actions}: the policy gives one bounded vector of numbers")
+        if len(env.action_space.shape) != 1 or not env.action_space.is_bounded():
+            raise UserError(f"the actions of {args.env_id} are {env.action_space}, and a bounded vector is needed")
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    elif not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
-        stop(f"the actions of {args.env_id} are {env.action_space}: the policy gives a vector, or a choice from 0 on")
-    if args.action_repeat > 1 and not game:
-        env = Repeat(env, args.action_repeat)
-    if pixels and game:
-        env = Game(env, args.action_repeat, args.image_size)
-    elif pixels:
-        env = Pictures(env, args.image_size)
-    else:
-        observations = env.observation_space
-        if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-            stop(f"the observations of {args.env_id} are {observations}, no vector of numbers: use --obs pixels")
-        if observations.dtype != np.float32:
-            env = gym.wrappers.DtypeObservation(env, np.float32)
-    if args.time_limit:
-        env = gym.wrappers.TimeLimit(env, args.time_limit)
-    if draws:  # what can't be drawn shows here, not after an hour of training
-        try:
-            env.reset()
-            drawn = env.render()
-        except Exception as error:  # whatever the environment's own code may raise
-            stop(f"{args.env_id} can't be drawn: {type(error).__name__}: {error}".replace("\n", " "))
-        if not isinstance(drawn, np.ndarray):
-            stop(f"{args.env_id} draws no pictures: use --obs vector, without --capture-video")
-    return env
+    elif not (isinstance(env.action_space, gym.spaces.Discrete) and env.action_space.start == 0):
+        raise UserError(f"the actions of {args.env_id} are {env.action_space}, and Box or Discrete(n) is needed")
+    if args.action_repeat > 1:
+        env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    if args.obs == "pixels":
+        if not is_image(env.observation_space):
+            if env.render_mode != "rgb_array":
+                raise UserError(f"{args.env_id} does not render images: use --obs vector")
+            env = gym.wrappers.AddRenderObservation(env)
+        space = gym.spaces.Box(0, 255, (3, args.image_size, args.image_size), np.uint8)
+        return gym.wrappers.TransformObservation(env, partial(resize, size=args.image_size), space)
+    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        hint = "use --obs pixels, or gymnasium.wrappers.FlattenObservation"
+        raise UserError(f"the observations of {args.env_id} are {env.observation_space}, not a vector: {hint}")
+    return gym.wrappers.DtypeObservation(env, np.float32)
+
+
+gym.register_envs(ale_py)
+if "Catch-v0" not in gym.registry:
+    gym.register("Catch-v0", entry_point=Catch, max_episode_steps=100)
 
 
 class Sequences(NamedTuple):
-    """Rows [B, T, ...]; `mask` is 0 where an episode was too short and is filled up."""
+    """Rows [B, T, ...] of episodes, as in the docstring's diagram."""
 
-    obs: torch.Tensor
-    action: torch.Tensor
-    reward: torch.Tensor
-    terminated: torch.Tensor
-    mask: torch.Tensor
-
-    def alive(self) -> torch.Tensor:
-        """[B, T], 0 where no dream may begin: after an end nothing comes."""
-        return self.mask * ~self.terminated
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor  # 1 if the state is terminal
+    mask: Tensor  # 0 in rows that only fill up an episode shorter than T
 
 
 class SequenceReplay:
-    """All episodes, row after row, in the docstring's count of time; pictures in a memory-mapped file. What is drawn
-    lies inside one episode, and is drawn when that is over."""
+    """The rows of all episodes, in a ring. Images are a memory-mapped file in the run folder."""
 
-    def __init__(
-        self, capacity: int, observations: gym.spaces.Box, actions: int, path: Optional[Path], device: torch.device
-    ):
-        shape, dtype = (capacity, *observations.shape), observations.dtype
-        if path:
-            self.obs = np.memmap(path, dtype, mode="r+" if path.exists() else "w+", shape=shape)
-        else:
-            self.obs = np.zeros(shape, dtype)
-        self.in_file, self.device, self.size = path is not None, device, 0
-        self.columns = {
-            "action": np.zeros((capacity, actions), np.float32), "reward": np.zeros(capacity, np.float32),
-            "terminated": np.zeros(capacity, bool), "last": np.zeros(capacity, bool),
-        }  # fmt: skip
-        self.starts, self.lengths, self.open_from = [], [], 0  # of the episodes that are over; where the present began
+    def __init__(self, env: gym.Env, actions: int, args: Args):
+        # A row for each step and each reset. A quarter more than is sampled from: a resumed run finds all the images
+        # of its last checkpoint.
+        rows = min(args.replay_size * 5 // 4, 2 * (args.total_timesteps // args.action_repeat + 1))
+        self.size, self.starts, self.keep, self.device = 0, [], args.replay_size, args.device
+        self.shape, self.images = (rows, *env.observation_space.shape), None
+        self.columns = {"action": torch.zeros(rows, actions)} | {x: torch.zeros(rows) for x in ("reward", "terminated")}
+        self.obs = torch.zeros(self.shape if args.obs == "vector" else 0)
+
+    def open(self, folder: Path) -> None:
+        """The file of the images. Its space is reserved: a full disk is reported now and not during training."""
+        path = folder / "replay.dat"
+        if len(self.obs):
+            return
+        if self.size and not path.is_file():
+            raise UserError(f"{path}, which holds the images of the run, is missing: it cannot continue")
+        with open(path, "ab") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, math.prod(self.shape))
+        self.images = np.memmap(path, np.uint8, "r+", shape=self.shape)
+        self.obs = torch.from_numpy(self.images)
 
     def begin(self, obs: np.ndarray) -> None:
-        """What a reset showed."""
-        self.open_from = self.size
-        self.add(obs, 0.0, 0.0, False, False)
+        """The first row of an episode."""
+        self.starts.append(self.size)
+        while len(self.starts) > 2 and self.starts[0] < self.size - self.keep:
+            self.starts.pop(0)
+        self.add(obs, torch.tensor(0.0), 0.0, False)
 
-    def add(self, obs: np.ndarray, action: Any, reward: float, terminated: bool, last: bool) -> None:
-        self.obs[self.size] = obs
-        for column, value in zip(self.columns.values(), (action, reward, terminated, last), strict=True):
-            column[self.size] = value
+    def add(self, obs: np.ndarray, action: Tensor, reward: float, terminated: bool) -> None:
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise UserError("the environment returned NaN or infinity as an observation or reward")
+        row = self.size % len(self.obs)
+        self.obs[row] = torch.from_numpy(obs)
+        for column, value in zip(self.columns.values(), (action, reward, terminated), strict=True):
+            column[row] = value
         self.size += 1
-        if last:
-            self.close()
 
-    def close(self) -> None:
-        self.starts.append(self.open_from)
-        self.lengths.append(self.size - self.open_from)
-        self.open_from = self.size
+    def rows(self, index: Tensor, mask: Optional[Tensor] = None) -> Sequences:
+        index, mask = index % len(self.obs), torch.ones(index.shape) if mask is None else mask.float()
+        columns = self.obs[index], *(column[index] for column in self.columns.values()), mask
+        batch = Sequences(*(column.to(self.device) for column in columns))
+        batch.action[:, 0] = 0  # the action before a sequence is unknown, as the state is
+        return batch
 
-    def rows(self, index: np.ndarray, mask: np.ndarray) -> Sequences:
-        columns = [self.columns[name][index] for name in ("action", "reward", "terminated")]
-        arrays = (np.asarray(self.obs[index]), *columns, mask.astype(np.float32))
-        return Sequences(*(torch.from_numpy(x).to(self.device) for x in arrays))
+    def sample(self, batch_size: int, length: int, balance_ends: bool) -> Sequences:
+        """Step (1): from a random complete episode each, from a random row on that leaves room for the length. To
+        balance, from any row, which is then moved back until it does."""
+        starts = torch.tensor(self.starts)
+        chosen = torch.randint(len(starts) - 1, (batch_size,))
+        start, rows = starts[chosen, None], (starts[chosen + 1] - starts[chosen])[:, None]
+        last = (rows - length).clamp(min=0)
+        offset = (torch.rand(batch_size, 1) * (rows if balance_ends else last + 1)).long()
+        offset = torch.minimum(offset, last) + torch.arange(length)
+        return self.rows(start + torch.minimum(offset, rows - 1), offset < rows)
 
-    def sample(self, batch_size: int, length: int, balance_ends: bool = False) -> Sequences:
-        """An episode at random, and from a row at random that leaves room for `length`."""
-        chosen = np.random.randint(len(self.starts), size=batch_size)
-        starts, lengths = np.array(self.starts)[chosen], np.array(self.lengths)[chosen]
-        room = np.maximum(lengths - length, 0)
-        # randint leaves out its upper end; without the 1 no last row would ever be seen
-        offset = np.minimum(np.random.randint(lengths), room) if balance_ends else np.random.randint(room + 1)
-        within = offset[:, None] + np.arange(length)
-        return self.rows(starts[:, None] + np.minimum(within, lengths[:, None] - 1), within < lengths[:, None])
-
-    def cut(self, start: int, rows: int, length: int, pieces: int) -> Sequences:
-        """Up to so many pieces of one episode, evenly spread, the first from its beginning."""
-        offsets = np.unique(np.linspace(0, rows - length, pieces).round().astype(int))
-        index = start + offsets[:, None] + np.arange(length)
-        return self.rows(index, np.ones(index.shape))
-
-    def last_episode(self) -> tuple[int, int]:
-        """First row and number of rows; the present one where none is over."""
-        if not self.starts:
-            return self.open_from, self.size - self.open_from
-        return self.starts[-1], self.lengths[-1]
+    def latest(self, length: int, windows: int = 1) -> Sequences:
+        """Evenly spaced windows of the latest episode, which is not sampled from before the next one begins."""
+        rows = self.size - self.starts[-1]
+        length = min(length, rows)
+        offset = torch.linspace(0, rows - length, windows).round().long().unique()[:, None] + torch.arange(length)
+        return self.rows(self.starts[-1] + offset)
 
     def state_dict(self) -> dict:
-        if self.in_file:
-            self.obs.flush()
-        columns = {name: torch.from_numpy(column[: self.size]) for name, column in self.columns.items()}
-        if not self.in_file:
-            columns["obs"] = torch.from_numpy(self.obs[: self.size])
-        return {"columns": columns, "size": self.size, "starts": self.starts, "lengths": self.lengths,
-                "open_from": self.open_from}  # fmt: skip
+        if self.images is not None:
+            self.images.flush()
+        columns = self.columns | ({} if self.images is not None else {"obs": self.obs})
+        rows = {name: column[: self.size].clone() for name, column in columns.items()}
+        return {"size": self.size, "starts": self.starts, "rows": rows}
 
     def load_state_dict(self, state: dict) -> None:
-        columns = dict(state["columns"])
-        self.size, self.starts, self.lengths = state["size"], list(state["starts"]), list(state["lengths"])
-        self.open_from = state["open_from"]
-        if not self.in_file:
-            self.obs[: self.size] = columns.pop("obs").numpy()
-        for name, saved in columns.items():
-            self.columns[name][: self.size] = saved.numpy()
-        if self.open_from < self.size:  # a run cut inside an episode begins a new one: an end, no terminal one
-            self.columns["last"][self.size - 1] = True
-            self.close()
+        self.size, self.starts = state["size"], state["starts"]
+        for name, rows in state["rows"].items():
+            (self.obs if name == "obs" else self.columns[name])[: len(rows)] = rows
 
 
-class RingReplay(SequenceReplay):
-    """The same, of the latest `keep` rows; beyond them whole episodes are forgotten, the oldest first. There is room
-    for a quarter more, so that pictures that a checkpoint remembers are still there when a killed run goes on."""
-
-    def __init__(self, keep: int, capacity: int, *rest: Any):
-        super().__init__(min(capacity, keep + keep // 4), *rest)
-        self.keep, self.filled = keep, 0  # rows that hold anything
-
-    def add(self, *row: Any) -> None:
-        if self.size == len(self.obs):
-            self.wrap()
-        while self.starts and self.starts[0] <= self.size < self.starts[0] + self.lengths[0]:
-            self.forget()
-        super().add(*row)
-        self.filled = max(self.filled, self.size)
-
-    def wrap(self) -> None:
-        """An episode lies in one piece: the one under way moves to the beginning."""
-        rows = self.size - self.open_from
-        while not self.starts or self.starts[0] < rows:
-            self.forget()
-        for column in (self.obs, *self.columns.values()):
-            column[:rows] = column[self.open_from : self.size]
-        self.open_from, self.size = 0, rows
-
-    def close(self) -> None:
-        super().close()
-        while sum(self.lengths) > self.keep and len(self.lengths) > 1:
-            self.forget()
-
-    def forget(self) -> None:
-        if len(self.starts) < 2:
-            rows = self.size - self.open_from
-            stop(f"--replay-size {self.keep:,} is too small: an episode of {rows:,} rows leaves room for no other")
-        self.starts.pop(0), self.lengths.pop(0)
-
-    def state_dict(self) -> dict:
-        size, self.size = self.size, self.filled
-        state = super().state_dict()
-        self.size = size
-        return {**state, "size": size, "filled": self.filled}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.filled = state["filled"]
-        super().load_state_dict({**state, "size": self.filled, "open_from": self.filled})
-        self.size, self.open_from = state["size"], state["open_from"]
-        if self.open_from < self.size:
-            self.columns["last"][self.size - 1] = True
-            self.close()
+# ── Plumbing: the same in every file, nothing below is specific to the algorithm ──────────────────────────────────
 
 
-# ── Plumbing: nothing below is particular to the algorithm ────────────────────────────────────────────────────────
+class UserError(Exception):
+    """A wrong setting, environment or folder: main() prints one sentence and exits with code 2."""
 
 
-def make_env(env_id: str, render: bool = False, **kwargs: Any) -> gym.Env:
-    if "" not in sys.path:
-        sys.path.append("")  # for module:Env-v0, a module in the folder where the user stands
-    if render:
-        kwargs["render_mode"] = "rgb_array"
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo would else end the process
+def make_env(args: Args) -> gym.Env:
+    sys.path.append("")  # module:Env-v0 finds a module in the current folder
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a screen
     try:
-        env = gym.make(env_id, disable_env_checker=True, **kwargs)
-        if render:  # what can't be drawn shows here, not after an hour of training
-            env.reset()
-            if not isinstance(env.render(), np.ndarray):
-                stop(f"{env_id} draws no rgb_array: leave out --capture-video")
-    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
-        stop(f"{env_id} needs a package that is not installed: {error}")
-    except Exception as error:  # whatever the environment's own code may raise
-        stop(f"{env_id!r} can't be made: {type(error).__name__}: {error}".replace("\n", " "))
-    return env
+        env = make_task(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    except (gym.error.Error, ImportError) as error:  # Gymnasium names the package to install
+        raise UserError(f"--env-id {args.env_id}: {error}") from None
+    if env.spec.max_episode_steps is None:
+        gym.logger.warn(f"{args.env_id} has no time limit: episodes are truncated after 1,000 steps")
+        env = gym.wrappers.TimeLimit(env, 1_000)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def env_state(env: gym.Env) -> dict:
-    """What an environment carries from one episode to the next: its generators, and what it says itself."""
-    own = env.unwrapped.state_dict() if hasattr(env.unwrapped, "state_dict") else None
-    generators = [x.np_random.bit_generator.state for x in (env.unwrapped, env.action_space)]
-    return {"generators": generators, "own": own}
+class Run:
+    """The folder of a run: curves and checkpoints. `parts` are what a checkpoint holds and --resume restores."""
 
-
-def set_env_state(env: gym.Env, state: dict, generators: bool = True) -> None:
-    if generators:
-        for x, saved in zip((env.unwrapped, env.action_space), state["generators"], strict=True):
-            x.np_random.bit_generator.state = saved
-    if state["own"] is not None:
-        env.unwrapped.load_state_dict(state["own"])
-
-
-def arrays_to_tensors(tree: Any) -> Any:
-    """A checkpoint is read back as tensors and plain values only, so that no foreign code can hide in it."""
-    if isinstance(tree, dict):
-        return {key: arrays_to_tensors(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [arrays_to_tensors(value) for value in tree]
-    if isinstance(tree, tuple):
-        return tuple(arrays_to_tensors(value) for value in tree)
-    if isinstance(tree, np.generic):
-        return tree.item()
-    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
-
-
-def evaluate(
-    new_policy: Callable[[], Callable[[Any], Any]],
-    env: gym.Env,
-    episodes: int,
-    seed: int,
-    max_steps: int,
-    frames: Optional[list] = None,
-) -> tuple[list[float], list[int]]:
-    """Returns and lengths of episodes, cut at `max_steps`, each with a policy made anew (some remember). The same seed
-    gives the same episodes, and training's dice stay as they were. `frames` collects the first episode's pictures."""
-    before = random_states()
-    seed_everything(seed + 10_000)
-    returns, lengths = [], []
-    for episode in range(episodes):
-        policy = new_policy()
-        obs, _ = env.reset(seed=seed + 10_000 + episode)
-        episode_return, length, over = 0.0, 0, False
-        while not over and length < max_steps:
-            if frames is not None and episode == 0:
-                frames.append(thumbnail(env.render()))
-            obs, reward, terminated, truncated, _ = env.step(policy(obs))
-            episode_return, length = episode_return + float(reward), length + 1
-            over = terminated or truncated
-        if frames is not None and episode == 0:
-            frames.append(thumbnail(env.render()))
-        returns.append(episode_return)
-        lengths.append(length)
-    set_random_states(before)
-    return returns, lengths
-
-
-def play(args: Any) -> tuple[list[float], list[int]]:
-    """--evaluate: load a checkpoint, play, print the scores."""
-    seed_everything(args.seed)
-    run_dir, checkpoint = Path(args.evaluate), load_checkpoint(Path(args.evaluate))
-    env = make_task(args, render=args.capture_video)
-    set_env_state(env, checkpoint["env"], generators=False)
-    frames = [] if args.capture_video else None
-    new_policy = load_policy(args, env, checkpoint)
-    returns, lengths = evaluate(new_policy, env, args.episodes, args.seed, args.eval_max_steps, frames)
-    print(f"{ALGORITHM} on {args.env_id}, trained for {checkpoint['step']:,} steps: {score_line(returns, lengths)}")
-    if frames:
-        save_gif(frames, run_dir / "videos" / "evaluation.gif")
-        print(f"video:   {run_dir / 'videos' / 'evaluation.gif'}")
-    return returns, lengths
-
-
-def score_line(returns: list[float], lengths: list[int]) -> str:
-    return (
-        f"return {np.mean(returns):.2f} (min {min(returns):.2f}, max {max(returns):.2f}), "
-        f"length {np.mean(lengths):.1f}, over {len(returns)} episodes of the deterministic policy"
-    )
-
-
-def figure_to_array(figure: Figure) -> np.ndarray:
-    """[H, W, 3] uint8"""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def thumbnail(frame: np.ndarray, size: int = 320) -> np.ndarray:
-    image = Image.fromarray(frame)
-    image.thumbnail((size, size))
-    return np.asarray(image)
-
-
-def save_gif(frames: list[np.ndarray], path: Path, fps: float = 10, at_most: int = 300) -> None:
-    # Pillow, for torch's add_video writes nothing, silently, where moviepy 2 is installed.
-    every = -(-len(frames) // at_most)  # of a long film every second, third, ... frame
-    images = [Image.fromarray(frame) for frame in frames[::every]]
-    path.parent.mkdir(exist_ok=True)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-
-
-class RunLog:
-    """One run's TensorBoard events, pictures and progress bar."""
-
-    def __init__(self, args: Any, run_dir: Path, checkpoint: Optional[dict]):
-        self.args, self.run_dir = args, run_dir
-        step = checkpoint["step"] if checkpoint else 0
-        # TensorBoard takes a run's files in the order of their names, and those begin with the second.
-        while any(run_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.05)
-        # A run killed after its last checkpoint takes those steps again: purge_step hides the first taking.
-        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if checkpoint else None)
-        self.sums, self.numbers, self.last = {}, {}, {}
+    def __init__(self, args: Args, **parts):
+        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        self.args, self.parts, self.signal, self.step = args, parts, 0, checkpoint["step"] if checkpoint else 0
+        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{ALGORITHM}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        if self.step >= args.total_timesteps:
+            raise UserError(f"{self.dir} has taken {self.step:,} steps already: raise --total-timesteps to continue")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if not checkpoint and any(self.dir.iterdir()):
+            raise UserError(f"{self.dir} is not empty: choose another --run-dir, or continue with --resume {self.dir}")
         if checkpoint:
-            vars(self).update(checkpoint["log"])
-            for path in [*run_dir.glob("frames/step_*"), *run_dir.glob("videos/step_*")]:
-                if int(path.stem.removeprefix("step_")) > step:
-                    path.unlink()
-        else:
-            rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|{rows}")
-        hidden = None if args.progress else True  # None: hidden where the output is no terminal
-        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=hidden, unit=" steps", dynamic_ncols=True)
-        self.start_clock(step)
+            for part in parts:
+                parts[part].load_state_dict(checkpoint[part])
+            torch.set_rng_state(checkpoint["generator"])
+            for number, state in enumerate(checkpoint["cuda_generators"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, number)
+        while any(self.dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)  # TensorBoard reads the files in the order of their names, which hold the second
+        # After a kill the steps since the last checkpoint are taken again: TensorBoard hides the first attempt.
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}", self.step)
+        print(f"run folder: {self.dir}\ncurves: tensorboard --logdir {shlex.quote(str(self.dir))}", flush=True)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", disable=None)
+        self.first_step, self.began, self.saved = self.step, time.perf_counter(), time.perf_counter()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
-    def state_dict(self) -> dict:
-        return {"sums": {k: float(v) for k, v in self.sums.items()}, "numbers": self.numbers, "last": self.last}
+    def on_signal(self, number: int, _) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping at the end of this episode; the same signal again stops immediately\n")
 
-    def start_clock(self, step: int) -> None:
-        """Speed and shares of the time count from here: call it again at the end of a warm-up."""
-        self.first_step, self.spent = step, defaultdict(float)
-        self.began = self.last_lap = time.perf_counter()
+    def unfinished(self) -> bool:
+        return self.step < self.args.total_timesteps and not self.signal
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap went into `name`."""
-        now = time.perf_counter()
-        self.spent[name] += now - self.last_lap
-        self.last_lap = now
+    def begin_episode(self) -> int:
+        """The episode's seed comes from torch's generator, the only one that a script uses."""
+        self.episode_start = self.step
+        return int(torch.randint(2**31, ()))
 
-    def due(self, what: str, every: int, step: int, at_most: float = math.inf, wait_for: bool = True) -> bool:
-        """Once in every `every` steps, never where that is 0; while `wait_for` is false later, by as much at most."""
-        times, last = self.last.get(what, (0, 0))
-        if every == 0 or step // every == last // every or times >= at_most:
-            return False
-        if not wait_for and step - last < 2 * every:
-            return False
-        self.last[what] = (times + 1, step)
-        return True
+    def count_steps(self, n: int = 1) -> None:
+        self.step += n
+        self.bar.update(n)
 
-    def mean(self, tag: str, value: Any) -> None:
-        """Collect until the flush writes the mean; a tensor stays on its device until then."""
-        value = value.detach() if isinstance(value, torch.Tensor) else value
-        self.sums[tag] = self.sums.get(tag, 0.0) + value
-        self.numbers[tag] = self.numbers.get(tag, 0) + 1
+    def due(self, every: int) -> bool:
+        """Whether the last episode contains a multiple of `every` or ends the run."""
+        return self.step // every > self.episode_start // every or self.step >= self.args.total_timesteps
 
-    def flush(self, step: int) -> None:
-        seconds = time.perf_counter() - self.began
-        shares = {f"time/{name}": spent / seconds for name, spent in self.spent.items()}
-        means = {tag: float(total) / self.numbers[tag] for tag, total in self.sums.items()}
-        self.sums, self.numbers = {}, {}
-        self.scalars(step, {**means, **shares, "charts/SPS": (step - self.first_step) / seconds})
+    def log(self, tag: str, value: float) -> None:
+        self.writer.add_scalar(tag, value, self.step)
 
-    def scalars(self, step: int, values: dict) -> None:
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, float(value), step)
-        self.lap("log")
+    def end_episode(self, info: dict) -> None:
+        if "episode" in info:  # it was not interrupted by the end of the run
+            self.log("charts/episodic_return", info["episode"]["r"])
+            self.log("charts/episodic_length", info["episode"]["l"])
+            self.bar.set_postfix_str(f"return {info['episode']['r']:.4g}")
+        self.log("charts/SPS", (self.step - self.first_step) / (time.perf_counter() - self.began))
+        if self.due(self.args.checkpoint_every) or time.perf_counter() - self.saved > 60 or self.signal:
+            self.save()
 
-    def episode(self, step: int, episode_return: float, length: int) -> None:
-        self.scalars(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
-        self.bar.set_postfix_str(f"return {episode_return:.4g}", refresh=False)
+    def save(self) -> None:
+        """Write next to the old checkpoint and rename: a kill at any moment leaves a complete one."""
+        machine = ("resume", "evaluate", "run_dir", "device")  # these belong to the command, not to the run
+        state = {
+            "algorithm": ALGORITHM,
+            "args": {name: value for name, value in asdict(self.args).items() if name not in machine},
+            "step": self.step,
+            "generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all(),
+        }
+        buffer, temporary = io.BytesIO(), self.dir / "checkpoint.tmp"
+        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, buffer)
+        try:
+            temporary.write_bytes(buffer.getbuffer())
+            os.replace(temporary, self.dir / "checkpoint.pt")
+        finally:  # a full disk leaves the old checkpoint
+            temporary.unlink(missing_ok=True)
+        self.saved = time.perf_counter()
 
-    def evaluation(self, step: int, new_policy: Callable[[], Callable[[Any], Any]], env: gym.Env) -> None:
-        args, frames = self.args, [] if self.args.capture_video else None
-        self.scores = evaluate(new_policy, env, args.eval_episodes, args.seed, args.eval_max_steps, frames)
-        returns, lengths = self.scores
-        self.scalars(step, {"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)})
-        if frames:
-            save_gif(frames, self.run_dir / "videos" / f"step_{step:08d}.gif")
-            self.lap("log")
+    def picture(self, figure: Figure) -> None:
+        figure.savefig(self.dir / "picture.png")
+        self.writer.add_figure("model/picture", figure, self.step)
 
-    def picture(self, step: int, image: np.ndarray) -> None:
-        """To TensorBoard, to the frames of picture.gif, and as the latest picture.png."""
-        self.writer.add_image("model/picture", image, step, dataformats="HWC")
-        for path in (self.run_dir / "frames" / f"step_{step:08d}.png", self.run_dir / "picture.png"):
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(image).save(path)
-        self.lap("log")
+    def evaluate(self, agent: "Agent", env: gym.Env) -> None:
+        video = self.dir / f"video_{self.step:08d}.gif"
+        self.log("eval/episodic_return", play(agent, env, self.args, f"step {self.step:,}", video))
 
-    def finish(self, step: int) -> None:
-        if self.sums:
-            self.flush(step)
-        self.bar.close()
-        self.writer.close()
-        print(f"{ALGORITHM} on {self.args.env_id}, {step:,} steps: {score_line(*self.scores)}")
-        if frames := sorted((self.run_dir / "frames").glob("*.png")):
-            save_gif([np.asarray(Image.open(frame)) for frame in frames], self.run_dir / "picture.gif", fps=4)
-            print(f"picture: {self.run_dir / 'picture.png'}, and picture.gif beside it")
-        if self.args.capture_video:
-            print(f"videos:  {self.run_dir / 'videos'}")
-        print(f"curves:  tensorboard --logdir {self.run_dir}")
-
-    def stopped(self, step: int, number: int) -> None:
-        self.bar.close()
-        self.writer.close()
-        print(f"stopped at step {step:,}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(self.run_dir))}")
-        raise SystemExit(128 + number)
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM end the run at the end of the episode, so that it can go on to the same bit; an episode that
-    outlasts 30 or 5 seconds is cut. A second signal ends the program at once: the last checkpoint stays whole."""
-
-    PATIENCE = {signal.SIGINT: 30.0, signal.SIGTERM: 5.0}
-
-    def __init__(self):
-        self.number, self.deadline, self.handlers = 0, math.inf, {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in self.PATIENCE:
-            self.handlers[number] = signal.signal(number, self.on_signal)
-        return self
-
-    def on_signal(self, number: int, frame: Any) -> None:
-        self.number, self.deadline = number, time.monotonic() + self.PATIENCE[number]
-        self.__exit__()
-        os.write(2, b"\nstopping at the end of this episode; a second signal stops at once\n")  # print may be under way
-
-    def to_stop(self, episode_over: bool) -> bool:
-        return self.number != 0 and (episode_over or time.monotonic() > self.deadline)
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.handlers.items():
+    def close(self) -> None:
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(number, handler)
+        self.bar.close()
+        self.writer.close()
+        script, folder = f"python {sys.argv[0]}", shlex.quote(str(self.dir))
+        if self.step < self.args.total_timesteps:
+            self.save()
+            print(f"stopped at step {self.step:,}; to continue: {script} --resume {folder}")
+            sys.exit(128 + self.signal)
+        print(f"picture: {self.dir / 'picture.png'}\nto watch it: {script} --evaluate {folder} --capture-video")
 
 
-def open_run(args: Any) -> tuple[Path, Optional[dict]]:
-    """The run folder, and with --resume its checkpoint. Nothing that is there already is overwritten."""
-    checkpoint = load_checkpoint(Path(args.resume)) if args.resume is not None else None
-    if checkpoint and checkpoint["step"] >= args.total_timesteps:
-        stop(f"{args.resume} has taken {checkpoint['step']:,} steps already: raise --total-timesteps to go on")
-    env_name = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_name}__{ALGORITHM}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
-    try:
-        while args.resume is None:
-            try:
-                run_dir.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if args.run_dir is None:  # another run of the same second
-                    run_dir = run_dir.with_name(run_dir.name + "x")
-                elif run_dir.is_dir() and not any(run_dir.iterdir()):
-                    break
-                else:
-                    stop(f"{run_dir} is there and not empty: name another --run-dir, or go on with --resume {run_dir}")
-        settings = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-        (run_dir / "args.tmp").write_text(settings + "\n")
-        os.replace(run_dir / "args.tmp", run_dir / "args.json")
-    except OSError as error:
-        stop(f"{run_dir} can't be written: {error.strerror}")
-    return run_dir, checkpoint
+def play(agent: "Agent", env: gym.Env, args: Args, title: str, video: Path) -> float:
+    """The mean return of evaluation episodes. They are always the same ones and leave the generator as it was."""
+    returns, frames = [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed + 10_000)
+        for episode in range(args.episodes):
+            obs, info = env.reset(seed=int(torch.randint(2**31, ())))
+            agent.reset()
+            while "episode" not in info:
+                obs, _, _, _, info = env.step(agent(obs))
+                if args.capture_video and episode == 0 and len(frames) < 500:
+                    frames.append(Image.fromarray(env.render()).reduce(2))
+            returns.append(float(info["episode"]["r"]))
+    if frames:
+        frames[0].save(video, save_all=True, append_images=frames[1:], duration=40, loop=0)
+    mean, low, high = np.mean(returns), min(returns), max(returns)
+    tqdm.write(f"{title}: the {agent.player}'s mean return is {mean:.2f}, from {low:.2f} to {high:.2f}")
+    sys.stdout.flush()  # the log of a batch job shows it at once
+    return mean
 
 
-def save_checkpoint(run_dir: Path, **state: Any) -> None:
-    """Written beside the old one, then renamed: a kill at any moment leaves a whole checkpoint."""
-    path = run_dir / "checkpoint.pt"
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(arrays_to_tensors({"algorithm": ALGORITHM, "random": random_states(), **state}), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load_checkpoint(run_dir: Path) -> dict:
-    path = run_dir / "checkpoint.pt"
+def load_checkpoint(run_dir: str) -> dict:
+    path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
-        stop(f"{run_dir} holds no checkpoint.pt: it is no run folder, or its run ended before the first checkpoint")
+        raise UserError(f"{run_dir} holds no checkpoint.pt: not a run folder, or stopped before its first checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no foreign code
-    except Exception:  # damage shows in many ways
-        stop(f"{path} is damaged or cut short: it can't be read")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        raise UserError(f"{path} is damaged: it cannot be read") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("algorithm") != ALGORITHM:
-        stop(f"{path} is no checkpoint of {ALGORITHM}")
+        raise UserError(f"{path} is not a checkpoint of {ALGORITHM}")
+    names = {field.name for field in fields(Args)}  # a setting added to Args since then takes its default
+    checkpoint["args"] = Args(**{name: value for name, value in checkpoint["args"].items() if name in names})
     return checkpoint
 
 
-def random_states() -> dict:
-    """Of all generators a script may use: none keeps one of its own."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
+def load_policy(run_dir: str, args: Optional[Args] = None) -> "Agent":
+    """policy = load_policy("runs/NAME"), then action = policy(obs); call policy.reset() before each episode."""
+    checkpoint = load_checkpoint(run_dir)
+    args = args or checkpoint["args"]
+    agent = Agent(make_env(args), args)
+    agent.load_state_dict(checkpoint["agent"])
+    return agent
 
 
-def set_random_states(states: dict) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, index)
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # CUDA too
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] in ("cpu", "cuda"):
-        try:
-            return torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError):
-            pass
-    stop(f"--device {name} is not to be had here: use auto, cpu or cuda[:index]")
-
-
-def stop(message: str) -> None:
-    """A user's mistake: one sentence, exit code 2, no traceback."""
-    print(f"{ALGORITHM}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_run_settings(args: Any) -> None:
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            stop(f"--{name.replace('_', '-')} is {value}: it must be a finite number")
-    for least, names in (
-        (1, ("total_timesteps", "eval_episodes", "eval_max_steps", "episodes", "log_every")),
-        (0, ("eval_every", "checkpoint_every", "picture_every", "seed")),
-    ):
-        for name in names:
-            if getattr(args, name) < least:
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
-    if args.seed >= 2**31:
-        stop(f"--seed is {args.seed}: it must be below 2^31")
-
-
-def read_settings(run_dir: Path) -> Any:
-    """The settings a run was started with."""
+def parse_args(words: list[str]) -> Args:
+    """A preset, by default the first one, and flags that override it; or the settings of an earlier run."""
+    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    folders.add_argument("--resume")
+    folders.add_argument("--evaluate")
+    found, _ = folders.parse_known_args(words)
+    if found.resume and found.evaluate:
+        raise UserError("--resume trains and --evaluate plays: choose one")
+    if run_dir := found.resume or found.evaluate:
+        saved = load_checkpoint(run_dir)["args"]
+        args = tyro.cli(Args, default=saved, args=words)
+        changed = {name for name, value in vars(saved).items() if getattr(args, name) != value}
+        if changed := changed - {"resume", "evaluate", *MAY_CHANGE.split()}:
+            raise UserError(f"{run_dir} keeps its own settings: {', '.join(sorted(changed))} cannot be changed")
+    else:
+        preset = [] if {*words} & {*PRESETS, "-h", "--help"} else [next(iter(PRESETS))]
+        args = tyro.extras.overridable_config_cli(PRESETS, args=preset + words, description=__doc__.split("\n\n")[0])
     try:
-        settings = dict(json.loads((run_dir / "args.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        stop(f"{run_dir} is no run folder: it holds no args.json that can be read")
-    if settings.pop("algorithm", None) != ALGORITHM:
-        stop(f"{run_dir} is a run of another algorithm, not of {ALGORITHM}")
-    if unknown := set(settings) ^ {field.name for field in fields(Args)}:
-        stop(f"{run_dir} was written by another version of this file: {', '.join(sorted(unknown))} differ")
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    return Args(**{**settings, "resume": None, "evaluate": None})
-
-
-def command_line(argv: Optional[list[str]], presets: dict) -> Any:
-    """The preset is a subcommand, and the first one the default; flags after it override its settings."""
-    if argv and argv[0].startswith("--no-") and not set(argv) & set(presets):
-        argv = [next(iter(presets)), *argv]  # tyro finds the default preset behind any other flag
-    descriptions = {name: description for name, (description, _) in presets.items()}
-    defaults = {name: settings for name, (_, settings) in presets.items()}
-    return tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(defaults, descriptions, prefix_names=False, sort_subcommands=False),
-        default=next(iter(defaults.values())),
-        args=argv,
-        description=(__doc__ or "").split("\n\n")[0],
-        config=(tyro.conf.CascadeSubcommandArgs,),
-    )
-
-
-MAY_CHANGE = {  # when a run goes on: nothing that the learning depends on
-    "resume", "evaluate", "episodes", "total_timesteps", "device", "compile", "progress", "capture_video",
-    "log_every", "eval_every", "eval_episodes", "eval_max_steps", "picture_every", "checkpoint_every",
-}  # fmt: skip
-
-
-def parse_args(argv: Optional[list[str]] = None) -> Any:
-    words = sys.argv[1:] if argv is None else argv
-    args = command_line(words, PRESETS)
-    if args.resume is None and args.evaluate is None:
-        return args
-    if args.resume is not None and args.evaluate is not None:
-        stop("--resume trains and --evaluate plays: give one of them")
-    folder = args.evaluate if args.resume is None else args.resume
-    if preset := [word for word in words if word in PRESETS and word != folder]:
-        stop(f"the run's own settings are used: leave out the preset {preset[0]}")
-    # Go on with the run's own settings: they become the defaults, and what the user typed stands above them.
-    saved = read_settings(Path(folder))
-    args = command_line(words, {name: (text, saved) for name, (text, _) in PRESETS.items()})
-    for name, value in asdict(saved).items():
-        free = name in MAY_CHANGE or (name == "seed" and args.evaluate)  # a new seed to evaluate: other episodes
-        if getattr(args, name) != value and not free:
-            stop(f"{folder} has its own settings: --{name.replace('_', '-')} is {value} there and can't change now")
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device} is not available on this machine") from None
     return args
 
 
-def main(argv: Optional[list[str]] = None) -> None:
-    args = parse_args(argv)
-    check_settings(args)
-    if args.evaluate is not None:
-        play(args)
-    else:
-        train(args)
+MAY_CHANGE = "total_timesteps device compile seed eval_every picture_every checkpoint_every episodes capture_video"
+
+
+def main(words: Optional[list[str]] = None) -> None:
+    try:
+        args = parse_args(sys.argv[1:] if words is None else words)
+        if args.evaluate:
+            play(load_policy(args.evaluate, args), make_env(args), args, args.env_id, Path(args.evaluate) / "play.gif")
+        else:
+            train(args)
+    except (UserError, OSError) as error:  # an OSError is most often a full disk
+        print(f"{ALGORITHM}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

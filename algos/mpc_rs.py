@@ -223,7 +223,7 @@ class Agent(nn.Module):
         # Eq. 4: A_t^(H) = argmax Σ_{t'=t}^{t+H−1} r(ŝ_{t'}, a_{t'})
         _, returns = self.imagine(s.expand(args.candidates, -1), actions)
         # A model may overflow far from its data: such a candidate is the worst of all.
-        best = returns.nan_to_num(-1e30, -1e30, -1e30).argmax()
+        best = torch.where(returns.isfinite(), returns, -1e30).argmax()
         return actions[best, 0].cpu().numpy()
 
 

@@ -283,7 +283,7 @@ class Agent(nn.Module):
             rows = actions.repeat(self.particles, 1, 1)  # [P·K, T, A]
             _, returns = self.imagine(s.expand(len(rows), -1), rows)
             # A model may overflow far from its data: such a candidate is the worst of all.
-            returns = returns.nan_to_num(-1e30, -1e30, -1e30)
+            returns = torch.where(returns.isfinite(), returns, -1e30)
             # Algorithm 1: 1/P Σ_p Σ_τ r(s_τ^p, a_τ)
             return returns.view(self.particles, -1).mean(0)
 

@@ -40,7 +40,7 @@ COMMAND = re.compile(r"(?:python3?|uv run) ((?:algos|benchmarks)/[\w.]+)((?: [^\
 
 
 # Files of the second edition, which tests/test_house.py holds to its rules; the others wait for theirs.
-LEAN = {"dyna_q", "pets", "mpc_rs", "pddm", "mbpo", "mage", "vin", "icm"}
+LEAN = {"dyna_q", "pets", "mpc_rs", "pddm", "mbpo", "mage", "vin", "icm", "dreamer_v1", "dreamer_v2"}
 
 
 def scripts(root: Path) -> list[Path]:

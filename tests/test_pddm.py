@@ -186,6 +186,11 @@ def test_candidates_are_the_clipped_mean_plus_filtered_noise(monkeypatch):
     assert actions[:, :3].std(0).tolist() == pytest.approx(stds, rel=0.05)
     assert np.corrcoef(actions[:, :2].T)[0, 1] == pytest.approx(0.4 * stds[0] / stds[1], abs=0.05)
     assert actions.min() >= -2 and (actions == 1).sum() > 100 and actions.max() == 1
+    agent.imagine = lambda s, actions: (None, torch.randn(3, len(s)))
+    for _ in range(9):
+        agent.mean = torch.full((4, 1), 9.0)
+        agent.refine(torch.zeros(1))
+        assert agent.mean.max() <= 1  # the rounded sum of the weights may exceed 1
 
 
 @pytest.mark.parametrize("env_id", pddm.REWARDS)
