@@ -236,7 +236,7 @@ def heldout_metrics(agent: Agent, replay: "Replay", first: int) -> dict[str, flo
     data, scale = replay.rows(slice(first, None)), replay.rows().s.std(0).clamp(min=1e-6)
     metrics = {"model/heldout_loss": network_loss(agent.model, *agent.model.normalised(data), data.terminated).item()}
     for h in (1, 5, 20):  # start in a real state and take the actions that were taken there, without looking
-        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()[:200]
+        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()
         if len(starts):
             rows = starts[:, None] + torch.arange(h, device=starts.device)
             states, _ = agent.imagine(data.s[starts], data.a[rows])

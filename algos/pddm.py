@@ -262,7 +262,7 @@ def heldout_metrics(agent: Agent, replay: "Replay", first: int) -> dict[str, flo
         "model/disagreement": model(batch[0])[0].std(0, correction=0).mean().item(),
     }
     for h in (1, 5, 20):  # start in a real state and take the actions that were taken there, without looking
-        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()[:200]
+        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()
         if len(starts):
             rows = starts[:, None] + torch.arange(h, device=starts.device)
             predicted = agent.imagine(data.s[starts], data.a[rows])[0][:, :, -1].mean(0)

@@ -307,22 +307,7 @@ def icm_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float
     return [(name, "steps/s", rate) for name, rate in best_rates(variants, min(rounds, 10)).items()]
 
 
-# ── dreamer_v1: updates ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def step_by_step(world: dreamer_v1.WorldModel, batch: dreamer_v1.Sequences, args: dreamer_v1.Args) -> torch.Tensor:
-    """The world model's loss as one would first write it: each time goes through all layers by itself."""
-    (h, z), rssm, losses = world.rssm.start(len(batch.obs)), world.rssm, []
-    for t in range(batch.obs.shape[1]):
-        x, one = world.see(batch.obs[:, t : t + 1]), batch.action[:, t : t + 1]
-        state = rssm.observe(world.encode(x), one, (h, z))
-        h, z, features = state.h[:, 0], state.z[:, 0], state.features()
-        image = 0.5 * ((world.decode(features) - x) / args.decoder_std).square().sum()
-        reward = 0.5 * (world.rewards(features) - args.reward_scale * batch.reward[:, t : t + 1]).square().sum()
-        kl = dreamer_v1.gaussian_kl((state.mean, state.std), rssm.prior(state.h)).sum()
-        losses.append((image + reward, kl))
-    fit, kl = (sum(x) / batch.reward.numel() for x in zip(*losses, strict=True))
-    return fit + args.kl_scale * kl.clamp(min=args.free_nats)
+# ── dreamer_v1 and dreamer_v2: updates ────────────────────────────────────────────────────────────────────────────
 
 
 def flops_of(call: Callable) -> int:
@@ -331,96 +316,51 @@ def flops_of(call: Callable) -> int:
     return counter.get_total_flops()
 
 
-def update_rates(calls: dict[str, Callable], flops: dict[str, int], large: dict, rounds: int) -> list["Row"]:
-    """Both Dreamers' rows; what is large is called twice at most."""
-    slow = {name: (call, 1) for name, call in calls.items() if name.endswith(tuple(large))}
+def dreamer_rates(dreamer: ModuleType, rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
+    """An update and its parts in the default preset; twice at the paper's sizes, where there is time for it."""
+    small, calls, flops = next(iter(dreamer.PRESETS.values()))[1], {}, {}
+    large = dreamer.PAPER if dreamer is dreamer_v1 else dreamer.ATARI
+    variants = {more: replace(small, compile=on) for more, on in kinds(compiled).items()}
+    if rounds > 1:
+        variants |= {"large": large, "large, bfloat16": replace(large, bf16=True)}
+    for variant, args in variants.items():
+        args, shape = replace(args, env_id=small.env_id, device="cpu"), (args.batch_size, args.batch_length)
+        env = dreamer.make_env(args)
+        agent, obs = dreamer.Agent(env, args), torch.randint(256, (*shape, *env.observation_space.shape)).byte()
+        rows = torch.rand(*shape, agent.actions), torch.rand(shape), torch.zeros(shape), torch.ones(shape)
+        batch = dreamer.Sequences(obs, *rows)
+        networks = agent.world, agent.actor, agent.value
+        optimizers = [torch.optim.Adam(net.parameters(), 1e-4, fused=True) for net in networks]
+
+        def model(args=args, agent=agent, batch=batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                loss, states, _ = dreamer.world_model_loss(agent.world, batch, args)
+            loss.backward(inputs=[*agent.world.parameters()])
+            return states
+
+        def behaviour(states, args=args, agent=agent, batch=batch) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                rest = batch.mask if dreamer is dreamer_v1 else batch
+                actor_loss, value_loss, _ = dreamer.behaviour_losses(agent, states, rest, args)
+            value_loss.backward(inputs=[*agent.value.parameters()], retain_graph=True)
+            actor_loss.backward(inputs=[*agent.actor.parameters()])
+
+        def update(model=model, behaviour=behaviour, optimizers=optimizers) -> None:
+            behaviour(model())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        size = f"{shape[0]} × {shape[1]} images of {args.image_size} × {args.image_size}"
+        name = f"update, {size}{variant.removeprefix('large')}"
+        calls |= {name: update, f"the world model's part, {size}{variant.removeprefix('large')}": model}
+        if not args.compile:
+            flops[name] = flops_of(update)
+    slow = {name: (call, 1) for name, call in calls.items() if "64 × 64" in name}
     quick = {name: (call, 1) for name, call in calls.items() if name not in slow}
     best = best_rates(quick, min(rounds, 10)) | (best_rates(slow, 2) if slow else {})
     rows = [(name, "updates/s", rate) for name, rate in best.items()]
     return rows + [(name, "GFLOP/s", best[name] * count / 1e9) for name, count in flops.items()]
-
-
-def dreamer_v1_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    """An update and its parts in the default preset; at the paper's sizes, where there is time for it."""
-    cpu, calls, flops = torch.device("cpu"), {}, {}
-    usual, paper = next(iter(dreamer_v1.PRESETS.values()))[1], dreamer_v1.RELEASED
-    small, much = ", 8 × 32 pictures of 32 × 32", ", 50 × 50 of 64 × 64"  # the default preset, the paper's sizes
-    variants = {small + more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
-    large = {much: paper, f"{much} in bfloat16": replace(paper, bf16=True)}
-    for name, args in (variants | (large if rounds > 1 else {})).items():
-        env = dreamer_v1.make_task(replace(args, env_id="Pendulum-v1", action_repeat=1))
-        dreamer, shape = dreamer_v1.Dreamer(args, env, cpu), (args.batch_size, args.batch_length)
-        obs = torch.randint(256, (*shape, *env.observation_space.shape), dtype=torch.uint8)
-        over = torch.zeros(shape, dtype=torch.bool)
-        batch = dreamer_v1.Sequences(obs, torch.rand(*shape, 1), torch.rand(shape), over, torch.ones(shape))
-        networks = dreamer.world, dreamer.actor, dreamer.value
-
-        def model(args=args, dreamer=dreamer, batch=batch) -> dreamer_v1.State:
-            with dreamer.precision():
-                loss, states, _ = dreamer_v1.world_model_loss(dreamer.world, batch, args)
-            dreamer.gradient("world", loss)
-            return states
-
-        def plain(args=args, dreamer=dreamer, batch=batch) -> None:
-            dreamer.gradient("world", step_by_step(dreamer.world, batch, args))
-
-        def behaviour(states, args=args, dreamer=dreamer, batch=batch, networks=networks) -> None:
-            with dreamer.precision():
-                actor, value, _ = dreamer_v1.behaviour_losses(*networks, states, batch.mask, args)
-            dreamer.gradient("value", value, keep=True)
-            dreamer.gradient("actor", actor)
-
-        def update(model=model, behaviour=behaviour, dreamer=dreamer) -> None:
-            behaviour(model())
-            dreamer.step()
-
-        states = dreamer_v1.State(*(x.detach() for x in model()))
-        calls |= {"update" + name: update, "the world model's part" + name: model}
-        if name not in large:
-            calls["the behaviour's part" + name] = functools.partial(behaviour, states)
-        if name == small:
-            calls["(the world model's, time by time)"] = plain
-        if not args.compile:
-            flops["update" + name] = flops_of(update)
-    return update_rates(calls, flops, large, rounds)
-
-
-def dreamer_v2_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    """An update and its parts in the default preset; at the released sizes for Atari, where there is time for it."""
-    cpu, calls, flops = torch.device("cpu"), {}, {}
-    usual, small = next(iter(dreamer_v2.PRESETS.values()))[1], ", 16 × 8 pictures of 32 × 32"
-    variants = {small + more: replace(usual, compile=on) for more, on in kinds(compiled).items()}
-    large = {", 16 × 50 of 64 × 64": dreamer_v2.PRESETS["pong"][1]}  # the released sizes for games
-    for name, args in (variants | (large if rounds > 1 else {})).items():
-        env = dreamer_v2.make_task(args)
-        dreamer, shape = dreamer_v2.DreamerV2(args, env, cpu), (args.batch_size, args.batch_length)
-        obs = torch.randint(256, (*shape, *env.observation_space.shape), dtype=torch.uint8)
-        over, action = torch.zeros(shape, dtype=torch.bool), torch.rand(*shape, dreamer.actions)
-        batch = dreamer_v2.Sequences(obs, action, torch.rand(shape), over, torch.ones(shape))
-        networks = dreamer.world, dreamer.actor, dreamer.value, dreamer.slow_value
-
-        def model(args=args, dreamer=dreamer, batch=batch) -> dreamer_v2.DiscreteState:
-            loss, states, _ = dreamer_v2.world_model_loss_v2(dreamer.world, batch, args)
-            dreamer.gradient("world", loss)
-            dreamer.step("world")
-            return states
-
-        def behaviour(states, args=args, dreamer=dreamer, batch=batch, networks=networks) -> None:
-            actor, value, _ = dreamer_v2.behaviour_losses_v2(*networks, states, batch, args)
-            dreamer.gradient("value", value)
-            dreamer.gradient("actor", actor)
-
-        def update(model=model, behaviour=behaviour, dreamer=dreamer) -> None:
-            behaviour(model())
-            dreamer.step("actor", "value")
-
-        states = dreamer_v2.DiscreteState(*(x.detach() for x in model()))
-        calls |= {"update" + name: update, "the world model's part" + name: model}
-        if name not in large:
-            calls["the behaviour's part" + name] = functools.partial(behaviour, states)
-        if not args.compile:
-            flops["update" + name] = flops_of(update)
-    return update_rates(calls, flops, large, rounds)
 
 
 # ── muzero: simulations ───────────────────────────────────────────────────────────────────────────────────────────
@@ -491,8 +431,8 @@ MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
     "mage": mage_rates,
     "vin": vin_rates,
     "icm": icm_rates,
-    "dreamer_v1": dreamer_v1_rates,
-    "dreamer_v2": dreamer_v2_rates,
+    "dreamer_v1": functools.partial(dreamer_rates, dreamer_v1),
+    "dreamer_v2": functools.partial(dreamer_rates, dreamer_v2),
     "muzero": muzero_rates,
 }
 

@@ -186,46 +186,6 @@ def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.learning  # they train
-def test_the_dreamers_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_figures.py")
-    writes_into(tmp_path, runner, monkeypatch)
-    flags = "--obs vector --total-timesteps 1000 --random-steps 200 --train-every 50 --pretrain 2 --batch-size 4 "
-    flags += "--batch-length 8 --horizon 3 --eval-every 200 --eval-max-steps 20 --picture-every 0 --log-every 200"
-    runner.main(runner.Args("pendulum", tmp_path / "runs", flags, seeds=2, first_seed=5, workers=1))
-    table = capsys.readouterr().out
-    made = (tmp_path / "benchmarks/results/dreamer_v1_pendulum.csv").read_text().splitlines()
-    last = [float(row.split(",")[3]) for row in made if row.split(",")[1:3] == ["eval/episodic_return", "1000"]]
-    row = next(row for row in table.splitlines() if row.startswith("| seed 5 |"))
-    assert row.split(" | ")[4] == f"{last[0]:.1f}"
-    assert len(last) == 2 and f"{np.mean(last):.0f} ± " in table
-    assert (tmp_path / "docs/figures/dreamer_v1_pendulum.png").stat().st_size > 5_000
-
-
-@pytest.mark.learning  # they train
-def test_dreamer_v2s_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "dreamer_v2_figures.py")
-    writes_into(tmp_path, runner, monkeypatch)
-    flags = "--total-timesteps 400 --random-steps 150 --train-every 50 --pretrain 2 --batch-size 4 --batch-length 8 "
-    flags += "--horizon 3 --depth 2 --eval-every 200 --eval-episodes 2 --picture-every 200 --log-every 100"
-    for name in ("ablations", "catch"):  # the second finds its run made by the first
-        runner.main(runner.Args(name, tmp_path / "runs", flags=flags, seeds=1, first_seed=5, workers=1))
-        table = capsys.readouterr().out
-        made = (tmp_path / f"benchmarks/results/dreamer_v2_{name}.csv").read_text().splitlines()
-        last = [float(row.split(",")[4]) for row in made if row.split(",")[2:4] == ["eval/episodic_return", "400"]]
-        rows = [row for row in table.splitlines() if row.startswith("| seed 5 |")]
-        assert [row.split(" | ")[3] for row in rows] == [f"{x:.2f}" for x in last]
-        assert len(last) == len(runner.EXPERIMENTS[name])
-        assert (tmp_path / f"docs/figures/dreamer_v2_{name}.png").stat().st_size > 5_000
-        if name == "ablations":
-            shares = [row.split(" | ")[1:] for row in table.splitlines() if "catch_" in row and row.endswith("% |")]
-            assert len(shares) == 2
-            assert all(sum(float(x.split()[0]) for x in row[:4]) == pytest.approx(100, abs=0.3) for row in shares)
-            assert all(len(row) == 5 for row in shares)
-            assert (tmp_path / "docs/figures/dreamer_v2_forks.png").stat().st_size > 1_000
-    assert all((tmp_path / f"docs/figures/dreamer_v2_{x}").exists() for x in ("dreams.gif", "codes.png"))
-
-
-@pytest.mark.learning  # they train
 def test_the_boards_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
     runner = house.load(helpers.ROOT / "benchmarks" / "muzero_figures.py")
     short = "tictactoe --total-timesteps 2000 --envs 16 --simulations 9 --channels 8 --hidden 32 --batch-size 32"
@@ -261,20 +221,6 @@ def test_the_map_of_the_track_shows_the_networks_values(tmp_path, monkeypatch, c
         assert f"MuZero,5,value/{where},0,{value:.2f}\n" in made
     assert f"| 5 | {left:.0f} | {right:.0f} | {middle:.0f} |" in table
     assert (tmp_path / "docs/figures/muzero_track.png").stat().st_size > 5_000
-
-
-def test_what_the_dreamers_speed_is_compared_with_does_the_same():
-    """Time by time, and all times at once: the same loss, with the same noise."""
-    block = speed.dreamer_v1
-    args = block.Args(deter_size=8, stoch_size=4, units=8, dense_units=8, depth=2, free_nats=0.0)
-    world = block.Dreamer(args, block.make_task(args), torch.device("cpu")).world
-    obs = torch.randint(256, (3, 5, 3, 32, 32), dtype=torch.uint8)
-    over = torch.zeros(3, 5, dtype=torch.bool)
-    batch = block.Sequences(obs, torch.rand(3, 5, 1), torch.rand(3, 5), over, torch.ones(3, 5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block.torch, "randn", lambda *shape, **_: torch.full(shape, 0.3))
-        both = [block.world_model_loss(world, batch, args)[0], speed.step_by_step(world, batch, args)]
-    torch.testing.assert_close(*both)
 
 
 def writes_into(folder, runner, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-block = helpers.module("dreamer_v1")
+block = helpers.module("muzero")
 
 
 def test_random_states_come_back():

@@ -238,13 +238,13 @@ def test_a_run_updates_as_it_should(tmp_path, monkeypatch):
         return losses(agent, *rest)
 
     monkeypatch.setattr(dreamer, "behaviour_losses", watched)
-    flags = "--total-timesteps 60 --random-steps 20 --pretrain 7 --train-every 10 --updates 2 --slow-every 5 "
+    flags = "--total-timesteps 60 --random-steps 20 --pretrain 7 --train-every 10 --slow-every 5 "
     flags += "--episodes 1 --weight-decay 1e-4 --horizon 3 --device cpu"
     dreamer.main([*flags.split(), "--run-dir", str(tmp_path / "run")])
     rates = [x if x == "imagine" else (x["lr"], pytest.approx(1e-4 / x["weight_decay"]), x["eps"]) for x in order[:4]]
     assert rates == [(3e-3, 3e-3, 1e-5), "imagine", (3e-4, 3e-4, 1e-5), (1e-3, 1e-3, 1e-5)]
     # Copies come after updates 1, 6, 11, ...: the value is the slow value before the first and after these.
-    assert slow == [n == 0 or n % 5 == 1 for n in range(len(slow))] and len(slow) == 7 + 2 * 3
+    assert slow == [n == 0 or n % 5 == 1 for n in range(len(slow))] and len(slow) == 7 + 3
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["replay"]["rows"]
     assert {*state["reward"].tolist()} == {-1, 0, 1} and (state["terminated"] == state["reward"].abs()).all()
 

@@ -26,10 +26,10 @@ def swap(path, old, new):
 
 
 def second_script(old, new):
-    """A second script, dreamer_v1.py with one change."""
+    """A second script, muzero.py with one change."""
 
     def break_it(root: Path) -> None:
-        shutil.copy(root / "algos" / "dreamer_v1.py", root / "algos" / "another.py")
+        shutil.copy(root / "algos" / "muzero.py", root / "algos" / "another.py")
         swap("algos/another.py", old, new)(root)
 
     return break_it
@@ -39,7 +39,7 @@ def remove(path):
     return lambda root: (root / path).unlink()
 
 
-A, PAGE = "algos/dreamer_v1.py", "docs/dreamer_v1.md"
+A, PAGE = "algos/muzero.py", "docs/muzero.md"
 BREAKS = [
     (house.imports_are_declared, swap(A, "import shlex\n", "import shlex\nfrom pets import plan\n")),
     (house.imports_are_declared, swap(A, "import shlex\n", "import shlex\nfrom . import pets\n")),
@@ -51,25 +51,25 @@ BREAKS = [
     (house.header_matches_requirements, swap(A, '#     "numpy>=2.0,<3",', '#     "numpy>=1.0,<3",')),
     (house.header_matches_requirements, swap("requirements.txt", "tqdm>=4.66,<5", "tqdm>=4.60,<5")),
     (house.same_name_same_body, second_script("float(reward), length + 1", "float(reward), length + 2")),
-    (house.args_are_documented, swap(A, '    """γ: discount."""\n', "")),
-    (house.args_are_documented, swap(A, '"""γ: discount."""', '""""""')),
+    (house.args_are_documented, swap(A, '    """γ: discount. For a game of two players its sign is turned."""\n', "")),
+    (house.args_are_documented, swap(A, '"""γ: discount. For a game of two players its sign is turned."""', '""""""')),
     (house.args_are_documented, swap(A, "    capture_video: bool", "    film: bool")),
     (house.order_of_a_file, swap(A, "# ── Plumbing", "# ── Other things")),
     (house.order_of_a_file, swap(A, "# /// script", "import abc\n# /// script")),
-    (house.steps_are_in_train, swap(A, "            # (4) infer", "            # infer")),
-    (house.steps_are_in_train, swap(A, "            # (4) infer", "            # (6) infer")),
-    (house.steps_are_in_train, swap(A, "    (4) play: infer", "    (4) play\n    (5) infer")),
-    (house.tags_are_explained, swap(A, '"losses/reward"', '"losses/another"')),
-    (house.tags_are_explained, swap(PAGE, "| `losses/reward` |", "| `losses/rewards` |")),
-    (house.commands_parse, swap(PAGE, "python algos/dreamer_v1.py", "python algos/dreamer_v1.py --alpah 0.1")),
-    (house.commands_parse, swap(PAGE, "python algos/dreamer_v1.py", "python algos/dreamer_v9.py")),
+    (house.steps_are_in_train, swap(A, "                # (4) draw", "                # draw")),
+    (house.steps_are_in_train, swap(A, "                # (4) draw", "                # (6) draw")),
+    (house.steps_are_in_train, swap(A, "    (4) draw", "    (7) draw")),
+    (house.tags_are_explained, swap(A, '"losses/norm"', '"losses/another"')),
+    (house.tags_are_explained, swap(PAGE, "| `losses/norm` |", "| `losses/norms` |")),
+    (house.commands_parse, swap(PAGE, "python algos/muzero.py", "python algos/muzero.py --alpah 0.1")),
+    (house.commands_parse, swap(PAGE, "python algos/muzero.py", "python algos/muzero9.py")),
     (house.commands_parse, swap("README.md", "`diff algos/mpc_rs.py", "`diff algos/mpc.py")),
-    (house.commands_parse, swap(PAGE, "dreamer_figures.py pendulum-pixels", "dreamer_figures.py pendulum-words")),
+    (house.commands_parse, swap(PAGE, "muzero_figures.py tictactoe", "muzero_figures.py chequers")),
     (house.links_lead_somewhere, remove(PAGE)),
-    (house.links_lead_somewhere, remove("docs/figures/dreamer_v1_dream.gif")),
+    (house.links_lead_somewhere, remove("docs/figures/muzero_track.png")),
     (house.every_file_has_its_page, swap(PAGE, "## Key equations", "## Some equations")),
-    (house.every_file_has_its_page, second_script("Dreamer", "Sleeper")),
-    (house.every_file_has_its_page, swap("README.md", "| [`dreamer_v1`]", "| `dreamer` | planned |\n| [`dreamer_v1`]")),
+    (house.every_file_has_its_page, second_script("MuZero", "MuOne")),
+    (house.every_file_has_its_page, swap("README.md", "| [`muzero`]", "| `dreamer` | planned |\n| [`muzero`]")),
 ]
 
 

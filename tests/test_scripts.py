@@ -35,7 +35,7 @@ TINY = {
     # An update has 200 steps, after which episodes have another 150.
     "icm": "--env-id CuriousMaze-v0 --envs 4 --horizon 50 --hidden 16 --model-hidden 16 --feature-size 8 --epochs 1",
     "dreamer_v1": "--action-repeat 1 --random-steps 200 --train-every 40 --pretrain 2 --batch-size 4 --batch-length 8 "
-    "--horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --free-nats 0",
+    "--horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --free-nats 0 --ends",
     "dreamer_v2": "--random-steps 200 --train-every 40 --pretrain 2 --batch-size 4 --horizon 3 --deter-size 8 "
     "--stoch-size 3 --classes 4 --units 8 --depth 2 --dense-units 8 --reinforce-share 0.5 --slow-every 5",
     "dyna_q": "--env-id Taxi-v4 --planning-steps 5 --epsilon 0.8",  # nobody arrives within its 200 steps
