@@ -631,6 +631,8 @@ def make_task(args: Args, **kwargs) -> gym.Env:
         kwargs["size"] = args.image_size if args.obs == "pixels" else 240
     env = gym.make(args.env_id, **kwargs)
     if args.obs == "pixels" and not is_image(env.observation_space):
+        if "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise UserError(f"{args.env_id} does not render images: use --obs vector")
         env = gym.make(args.env_id, **kwargs | {"render_mode": "rgb_array"})
     if isinstance(env.action_space, gym.spaces.Box):
         if len(env.action_space.shape) != 1 or not env.action_space.is_bounded():
@@ -642,8 +644,6 @@ def make_task(args: Args, **kwargs) -> gym.Env:
         env = gym.wrappers.RepeatAction(env, args.action_repeat)
     if args.obs == "pixels":
         if not is_image(env.observation_space):
-            if env.render_mode != "rgb_array":
-                raise UserError(f"{args.env_id} does not render images: use --obs vector")
             env = gym.wrappers.AddRenderObservation(env)
         space = gym.spaces.Box(0, 255, (3, args.image_size, args.image_size), np.uint8)
         return gym.wrappers.TransformObservation(env, partial(resize, size=args.image_size), space)

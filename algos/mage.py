@@ -328,7 +328,7 @@ def heldout_metrics(agent: Agent, replay: "Replay", first: int) -> dict[str, flo
     batch = (column.expand(members, *column.shape) for column in data[:5])
     metrics = {"model/heldout_loss": model_loss(agent.model, *batch).item()}
     for h in (1, 5, 20):  # start in a real state and take the actions that were taken there, without looking
-        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()[:200]
+        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()
         if len(starts):
             s = data.s[starts].repeat(members, 1)
             for t in range(h):

@@ -311,7 +311,7 @@ def heldout_metrics(agent: Agent, replay: "Replay", first: int) -> dict[str, flo
         "model/disagreement": disagreement.mean().item(),
     }
     for h in (1, 5, 20):  # start in a real state and take the actions that were taken there, without looking
-        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()[:200]
+        starts = torch.nonzero((data.episode[: len(data.s) - h + 1] == data.episode[h - 1 :])[:, 0]).flatten()
         if len(starts):
             rows = starts[:, None] + torch.arange(h, device=starts.device)
             states, _ = agent.imagine(data.s[starts].repeat(particles, 1), data.a[rows].repeat(particles, 1, 1))

@@ -139,13 +139,14 @@ def test_tasks_are_images_or_vectors_with_repeated_actions_within_one(name):
     assert np.allclose(obs, steps[-1][0]) and reward == pytest.approx(sum(step[1] for step in steps))
     with pytest.raises(dreamer.UserError, match="--obs pixels"):
         dreamer.make_env(dreamer.Args("FrozenLake-v1", obs="vector"))
-    with pytest.raises(dreamer.UserError, match="bounded"):
-        dreamer.make_env(dreamer.Args("Endless-v0"))
+    for env_id, word in (("Endless-v0", "bounded"), ("Blind-v0", "--obs vector")):
+        with pytest.raises(dreamer.UserError, match=word):
+            dreamer.make_env(dreamer.Args(env_id))
 
 
-gym.register("Endless-v0", type("Endless", (gym.Env,), {
-    "observation_space": gym.spaces.Box(0, 255, (9, 9, 3), np.uint8), "action_space": gym.spaces.Box(-np.inf, 1, (1,)),
-}))  # fmt: skip
+endless, image = gym.spaces.Box(-np.inf, 1, (1,)), gym.spaces.Box(0, 255, (9, 9, 3), np.uint8)
+gym.register("Endless-v0", type("Endless", (gym.Env,), {"observation_space": image, "action_space": endless}))
+gym.register("Blind-v0", type("Blind", (gym.Env,), {"observation_space": endless, "action_space": endless}))
 
 
 @both

@@ -27,9 +27,8 @@ BOX, TOY = Env(3, [-1, -1], [1, 1]), Env(1, [-2], [1])
 def ensemble(learn_reward=False, seed=0, **changes):
     torch.manual_seed(seed)
     net = pets.Ensemble(3, 2, learn_reward, replace(ARGS, **changes))
-    for p in (*net.parameters(), net.input_mean):
+    for p in (*net.parameters(), net.input_mean, net.input_std):
         p.data += 0.3 * torch.randn_like(p)
-    net.input_std.uniform_(0.5, 2)
     return net
 
 
@@ -115,6 +114,7 @@ class Linear(torch.nn.Module):
 
 def planner(monkeypatch, env=TOY, **changes):
     monkeypatch.setitem(pets.REWARDS, "Toy-v0", lambda s, a, s2: s2[..., 0])
+    torch.manual_seed(0)
     agent = pets.Agent(env, replace(ARGS, env_id="Toy-v0", members=2, **{"particles": 2, **changes}))
     agent.model = Linear()
     return agent
@@ -126,7 +126,6 @@ MEANS = {"TSinf": (0.5**3 + 1.5**3) / 2, "TS1": 1.0, "DS": 1.0, "MM": 1.0, "E": 
 @pytest.mark.parametrize("method", MEANS)
 def test_propagation_in_closed_form(method, monkeypatch):
     """TS∞ keeps g_b and ends at the mean of g_b³; TS1 samples g_b at each step and ends at (mean g_b)³."""
-    torch.manual_seed(0)
     agent = planner(monkeypatch, propagation=method, particles=4_000)
     states, returns = agent.imagine(torch.ones(agent.particles, 1), torch.zeros(agent.particles, 3, 1))
     ends = states[:, -1, 0]
@@ -215,6 +214,8 @@ def test_the_cart_pole_obeys_its_equations_of_motion_and_pays_for_an_upright_pol
         assert (after - before)[[1, 3]] / 0.04 == pytest.approx(np.linalg.solve(m, force), rel=0.05, abs=0.1)
         assert (after - before)[[0, 2]] / 0.04 == pytest.approx((v, w), rel=0.05, abs=0.05)
         assert obs.tolist() == [env.x, env.v, np.cos(env.angle), np.sin(env.angle), env.w]
+    pushed = [env.reset(seed=1) and env.step(np.array([force]))[0].tolist() for force in (-3.0, -9.0)]
+    assert pushed[0] == pushed[1]  # the force is limited
     env.x, env.v, env.angle, env.w = 2.5, 0.0, 0.0, 0.0
     assert env.step(np.array([3.0]))[0] == pytest.approx([2.5, 0, 1, 0, 0], abs=0.01)  # a blocked cart moves no pole
     env.v = 5.0
@@ -235,16 +236,16 @@ def test_the_model_is_trained_after_each_trial(monkeypatch, tmp_path):
 
 
 def test_heldout_metrics_on_known_models():
-    """A model that counts steps errs only across episodes; members that differ by 1 have the std 0.5."""
+    """A model that counts steps by 1.5 errs by half a step each; members that differ by 1 have the std 0.5."""
     replay = filled()
     replay.data[:, :2] = replay.data[:, 6:8] = 0.0
     replay.data[:, 2] += 100 * replay.data[:, -1]
     replay.data[:, 8] = replay.data[:, 2] + 1
     agent = pets.Agent(BOX, replace(ARGS, env_id="Pendulum-v1", members=2, particles=2))
-    agent.predict = lambda s, a: (s + torch.tensor([0.0, 0.0, 1.0]), s[:, 0], torch.zeros(len(s), dtype=torch.bool))
+    agent.predict = lambda s, a: (s + torch.tensor([0.0, 0.0, 1.5]), s[:, 0], torch.zeros(len(s), dtype=torch.bool))
     step = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 2.0]])[:, None]
     agent.model.forward = lambda s, a: (step.expand(2, s.shape[1], 3), torch.zeros(2, s.shape[1], 3), s[..., 0])
     metrics, scale = pets.heldout_metrics(agent, replay, 20), replay.rows().s[:, 2].std().item()
-    assert metrics["model/open_loop_error_1"] == metrics["model/open_loop_error_5"] == pytest.approx(0, abs=1e-5)
+    assert [metrics[f"model/open_loop_error_{h}"] for h in (1, 5)] == pytest.approx([0.5 / scale / 3, 2.5 / scale / 3])
     assert metrics["model/disagreement"] == pytest.approx(0.5 / scale / 3) and "model/open_loop_error_20" not in metrics
     assert metrics["model/heldout_loss"] == pytest.approx(1 / 6 + 0.01 * 3 * 10.5 / 2, rel=1e-4)

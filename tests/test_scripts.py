@@ -188,19 +188,36 @@ class Env(gym.Env):
         self.s = np.clip(self.s + 0.1 * np.asarray(a), -9, 9).astype(np.float32)
         r = np.nan if self.broken and abs(self.s[0]) > 1 else float(-abs(self.s).sum())
         return self.s, r, bool(self.s[1] > 1), False, {}
-gym.register("Own-v0", Env)
-gym.register("Broken-v0", type("Broken", (Env,), {"broken": True}))
+class Choice(Env):
+    action_space = gym.spaces.Discrete(5)
+    def step(self, a):
+        return super().step(np.array([a % 2, a // 2 - 1]))
+for name, task in (("Own", Env), ("Choice", Choice)):
+    gym.register(f"{name}-v0", task)
+    gym.register(f"Broken{name}-v0", type("Broken", (task,), {"broken": True}))
 """
 
 
-@with_replay
+@pytest.mark.parametrize("name", [name for name in LEAN if name not in ("vin", "dyna_q")])  # which need states or mazes
 def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     """Reward and termination are learned, an endless task gets a time limit, and NaN ends in one sentence."""
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
+    task = "Choice-v0" if name in ("icm", "dreamer_v2") else "Own-v0"
+    vector = "--obs vector" if "dreamer" in name else ""
     with pytest.warns(UserWarning, match="no time limit"):
-        after = run(name, "--env-id own_task:Own-v0 --total-timesteps 600", tmp_path / "run")
+        after = run(name, f"--env-id own_task:{task} --total-timesteps 600 {vector}", tmp_path / "run")
     assert after["step"] == 600
+    with pytest.raises(SystemExit) as exit:
+        run(name, f"--env-id own_task:Broken{task} {vector}", tmp_path / "broken")
+    assert exit.value.code == 2 and "NaN" in capsys.readouterr().err
+
+
+@with_replay
+def test_stored_rows_are_the_environments(name, tmp_path, monkeypatch):
+    (tmp_path / "own_task.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    after = run(name, "--env-id own_task:Own-v0 --total-timesteps 600", tmp_path / "run")
     env = module(name).make_env(replace(module(name).Args(), env_id="own_task:Own-v0"))
     replay = module(name).Replay(600, env, "cpu")
     replay.load_state_dict(after["replay"])
@@ -209,9 +226,6 @@ def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     same_episode = data.episode[1:, 0] == data.episode[:-1, 0]
     assert torch.equal(data.s[1:][same_episode], data.s2[:-1][same_episode])
     assert torch.equal(data.terminated[:-1, 0] > 0, ~same_episode)
-    with pytest.raises(SystemExit) as exit:
-        run(name, "--env-id own_task:Broken-v0", tmp_path / "broken")
-    assert exit.value.code == 2 and "NaN" in capsys.readouterr().err
 
 
 @with_replay
