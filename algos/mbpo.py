@@ -26,7 +26,7 @@ Symbols: p_θ → Ensemble, D_env → replay, D_model → pool, M → rollouts, 
 
 Usage (return: mean and 95 % interval over seeds; docs/mbpo.md has the curves):
     python algos/mbpo.py                                    # return 1000 [1000, 1000]
-    python algos/mbpo.py pendulum                           # 14.6 minutes, return −132 [−136, −128]
+    python algos/mbpo.py pendulum                           # return −126 [−140, −98]
     python algos/mbpo.py --rollout-length 0                 # the control: SAC with as many updates and no model
     python algos/mbpo.py --env-id my_module:MyEnv-v0        # any Gymnasium task: its termination is learned too
     python algos/mbpo.py --evaluate runs/NAME --episodes 10 --capture-video

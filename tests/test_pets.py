@@ -89,14 +89,13 @@ def filled(n=60, length=7):
 def test_each_member_keeps_its_bootstrap_for_a_whole_training(monkeypatch):
     net, seen, loss = ensemble(), [], pets.ensemble_loss
     monkeypatch.setattr(pets, "ensemble_loss", lambda m, *data: seen.append(data[0][..., 2].long()) or loss(m, *data))
-    args, before = replace(ARGS, epochs=2, batch_size=25), [p.clone() for p in net.parameters()]
+    args = replace(ARGS, epochs=2, batch_size=25)
     pets.fit(net, pets.make_optimizer(net, args), filled().rows(), args)
     assert [b.shape for b in seen] == [(5, 25), (5, 25), (5, 10)] * 2
     first, second = (torch.cat(seen[i : i + 3], 1) for i in (0, 3))
     assert torch.equal(first.sort(1).values, second.sort(1).values) and not torch.equal(first, second)
     assert not torch.equal(first[0].sort().values, first[1].sort().values)
     assert all(30 <= len(row.unique()) <= 46 for row in first)  # of 60 rows sampled 60 times: 38 on average
-    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
     data = torch.cat([filled().rows().s, filled().rows().a], 1)
     std = torch.cat([data[:, :4].std(0, correction=0), torch.ones(1)])  # the last action is constant
     assert torch.allclose(net.input_mean, data.mean(0)) and torch.allclose(net.input_std, std)
