@@ -21,8 +21,8 @@ experience = st.lists(st.tuples(*STEP), min_size=1, max_size=60)
 
 def remembered(steps, kind="deterministic", bonus=0.0):
     model = dyna_q.Model(STATES, ACTIONS, dyna_q.Args(model=kind, bonus=bonus))
-    for now, (s, a, r, s2) in enumerate(steps, 1):
-        model.learn(s, a, r, s2, now)
+    for now, step in enumerate(steps, 1):
+        model.learn(*step, now)
     return model
 
 
@@ -114,9 +114,8 @@ def test_sweeping_is_the_box_and_finds_the_predecessors_among_all_pairs(steps, n
         seen[s, a] = [*seen.get((s, a), []), s2][-1 if kind == "deterministic" else 0 :]
         changed, updates = [(s, a)], 0
         while True:
-            for pair in changed:
-                if abs(error(*pair)) > 0.05:
-                    waiting[pair] = max(abs(error(*pair)), waiting.get(pair, 0.0))
+            found = {pair: abs(error(*pair)) for pair in changed}
+            waiting |= {pair: max(x, waiting.get(pair, 0.0)) for pair, x in found.items() if x > 0.05}
             if updates == n or not waiting:
                 break
             s, a = max(waiting, key=waiting.get)
@@ -128,7 +127,6 @@ def test_sweeping_is_the_box_and_finds_the_predecessors_among_all_pairs(steps, n
 
 
 def test_no_planning_is_plain_q_learning_to_the_bit(tmp_path):
-    """And the curves show what they claim."""
     state = train("maze --planning-steps 0 --total-timesteps 2500 --initial-value 0.1", tmp_path / "r")
     curves, env = scalars(tmp_path / "r"), gym.make("DynaMaze-v0")
     torch.manual_seed(1)
@@ -170,12 +168,9 @@ gym.register("Shifted-v0", type("Shifted", (Endless,), {"action_space": gym.spac
 
 
 def test_a_time_limit_is_bootstrapped(tmp_path):
-    """Each action is worth 1 / (1 − γ) = 2, also the last one of an episode."""
     flags = "--env-id Timed-v0 --planning-steps 0 --total-timesteps 1000 --alpha 0.5 --gamma 0.5 --epsilon 1"
-    assert train(flags, tmp_path / "r")["agent"]["Q"][:4].numpy() == pytest.approx(2, abs=0.05)
-
-
-MAZES = ("DynaMaze-v0", 0, 14, 14), ("BlockingMaze-v0", 1_000, 10, 16), ("ShortcutMaze-v0", 3_000, 16, 10)
+    learned = train(flags, tmp_path / "r")["agent"]["Q"][:4].numpy()
+    assert learned == pytest.approx(2, abs=0.05)  # 1 / (1 − γ), also for the last action of an episode
 
 
 def shortest(env):
@@ -192,10 +187,11 @@ def shortest(env):
 
 
 def test_the_mazes_are_the_books_and_change_at_their_step():
-    for env_id, change_at, before, after in MAZES:
-        env = gym.make(env_id).unwrapped
+    mazes = ("DynaMaze-v0", 0, 14, 14), ("BlockingMaze-v0", 1_000, 10, 16), ("ShortcutMaze-v0", 3_000, 16, 10)
+    for env_id, change_at, before, after in mazes:
+        env, now = gym.make(env_id).unwrapped, change_at
         assert shortest(env) == after  # --evaluate
-        for clock, length in ((0, before), (change_at - 1, before), (change_at, after), (change_at + 1, after)):
+        for clock, length in ((0, before), (now - 1, before), (now, after), (now + 1, after)):
             env.reset(options={"step": clock})
             assert shortest(env) == length  # which resets once more: the step stays set
         env.reset(options={"step": change_at - 2})
@@ -207,7 +203,7 @@ def test_the_moves_of_the_dyna_maze():
     env = gym.make("DynaMaze-v0", render_mode="rgb_array")
     assert env.reset()[0] == 18 and env.unwrapped.desc[0, 8] == "G" and env.render().shape == (288, 432, 3)
     walls = [(0, 7), (1, 2), (1, 7), (2, 2), (2, 7), (3, 2), (4, 5)]
-    assert [*zip(*np.nonzero(env.unwrapped.desc == "#"), strict=True)] == walls
+    assert np.argwhere(env.unwrapped.desc == "#").tolist() == [[*wall] for wall in walls]
     assert [env.step(a)[0] for a in (0, 1, 3, 3, 2, 2, 0, 0, 0)] == [9, 18, 19, 19, 18, 18, 9, 0, 0]
     env.unwrapped.s = 9 + 8
     assert env.step(3)[:3] == (17, 0.0, False) and env.step(0)[:3] == (8, 1.0, True)
@@ -216,17 +212,12 @@ def test_the_moves_of_the_dyna_maze():
 def test_a_changing_maze_resumes_at_its_step_and_is_evaluated_as_it_is(tmp_path, monkeypatch):
     flags = "blocking --bonus 0 --alpha 0.5 --total-timesteps 1300 --eval-every 950"
     count_steps, whole, curves = dyna_q.Run.count_steps, train(flags, tmp_path / "whole"), scalars(tmp_path / "whole")
-    lengths = curves["eval/episodic_length"]
-    assert list(lengths.values()) == [10, 10_000] and 950 <= min(lengths) < 1_000  # later the path is closed
+    first, second = curves["eval/episodic_length"].items()
+    assert second[1] == 10_000 and first[1] == 10 and 950 <= first[0] < 1_000  # later the path is closed
     assert {*curves["charts/planning_updates"].values()} == {50}
-
-    def stop_at_step_900(self):
-        count_steps(self)
-        if self.step == 900:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(dyna_q.Run, "count_steps", stop_at_step_900)
+        stop = lambda run: count_steps(run) or (run.step == 900 and os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+        patch.setattr(dyna_q.Run, "count_steps", stop)
         train(flags, tmp_path / "run")
     dyna_q.main(["--resume", str(tmp_path / "run")])
     assert differences(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True), whole) == []
