@@ -8,16 +8,16 @@
 """Dreamer: learn a world model from images, and a policy by gradients through the model's predictions.
 
 A recurrent state-space model (RSSM) turns images and actions into a small latent state and predicts the next states,
-rewards and images. From the states of real episodes the policy acts for a few steps inside the model, thousands of
-times in parallel. Rewards and values of the imagined states are differentiable functions of the actions, so the policy
-follows their gradient.
+rewards and images. Starting from states of real episodes, the policy acts inside the model for a few steps, thousands
+of times in parallel. Rewards and values of the imagined states are differentiable functions of the actions, so the
+policy follows their gradient.
 
 Paper: Hafner, Lillicrap, Ba, Norouzi, "Dream to Control: Learning Behaviors by Latent Imagination", ICLR 2020,
 arXiv 1912.01603. Official code: github.com/danijar/dreamer. The RSSM is from PlaNet: Hafner et al., "Learning Latent
 Dynamics for Planning from Pixels", ICML 2019, arXiv 1811.04551.
 
 The algorithm (Algorithm 1 of the paper):
-    (1) sample B sequences of L steps, infer their states, and train the world model to predict what they hold (Eq. 10)
+    (1) sample B sequences of L steps, infer their states, and train the world model to predict the rows (Eq. 10)
     (2) from each of these states imagine H steps with the policy, and compute λ-returns (Eq. 6)
     (3) train the policy by the gradient of these returns (Eq. 7), and the value to predict them (Eq. 8)
     (4) infer the state of the current episode from the observation, act with exploration noise, and store the step
@@ -36,11 +36,11 @@ Usage (return: mean and 95 % interval over seeds; docs/dreamer_v1.md has the cur
     uv run --with dm_control --with "mujoco<4" algos/dreamer_v1.py cartpole-swingup --device cuda
     python algos/dreamer_v1.py --evaluate runs/NAME --episodes 10 --capture-video
 
-Differences from the paper and its code: the last row of an episode is trained on too, and nothing is imagined from a
-terminal state; as in the code, imagined states are weighted by the discounts before them and exclude the first one,
-unlike in Eq. 7 and 8; the greedy policy is tanh of the mean, not the likeliest of 100 samples; discrete actions are
-straight-through samples, as in the paper. The small presets have smaller networks and images, more updates per step,
-and --decoder-std and --reward-scale, which weigh observations and rewards against the KL.
+Differences from the code: the last row of an episode is trained on too; nothing is imagined from a terminal state; the
+greedy action is tanh of the mean, not the likeliest of 100 samples. Differences from Eq. 7 and 8, as in the code:
+imagined states are weighted by the preceding discounts, and the start state is excluded. The small presets have smaller
+networks and images, more updates per step, and --decoder-std and --reward-scale, which weigh observations and rewards
+against the KL.
 """
 
 import argparse
@@ -64,7 +64,7 @@ import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal, OneHotCategoricalStraightThrough, kl_divergence
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -75,11 +75,11 @@ ALGORITHM = "dreamer_v1"
 @dataclass
 class Args:  # tyro turns each field into a flag and each comment into its help
     env_id: str = "Pendulum-v1"  # any environment with Box or Discrete actions; ControlSuite/walker-walk: dm_control
-    obs: Literal["pixels", "vector"] = "pixels"  # pixels: image observations, or the rendered environment
+    obs: Literal["pixels", "vector"] = "pixels"  # the environment's images, or its rendering if it has none; or vectors
     image_size: Literal[32, 64] = 32  # images are resized to this many pixels per side
-    action_repeat: int = 2  # each action is repeated this many times; all steps are counted in the environment
+    action_repeat: int = 2  # each action is repeated this many times; all settings in steps count the repeats
     total_timesteps: int = 10_000  # environment steps
-    random_steps: int = 1_000  # uniformly random actions first, up to the end of an episode
+    random_steps: int = 1_000  # initial steps with random actions, rounded up to whole episodes
     train_every: int = 2  # environment steps between rounds of updates
     updates: int = 1  # updates per round
     pretrain: int = 100  # updates in the first round
@@ -89,30 +89,29 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     horizon: int = 10  # H: imagined steps
     gamma: float = 0.99  # γ: discount factor
     return_lambda: float = 0.95  # λ of the returns
-    ends: bool = False  # predict the discount, 0 at terminal states; otherwise it is γ everywhere
-    ends_scale: float = 10.0  # weight of its loss
+    ends: bool = False  # learn the discount, which is 0 at terminal states; otherwise it is γ everywhere
+    ends_scale: float = 10.0  # weight of the discount's loss
     kl_scale: float = 1.0  # β: weight of the KL divergence
     free_nats: float = 1.0  # a mean KL below this is not reduced further
-    decoder_std: float = 0.3  # std of the observation's Gaussian; the paper's is 1, smaller means a larger weight
+    decoder_std: float = 0.3  # std of the observation's Gaussian, 1 in the paper; if smaller, observations count more
     reward_scale: float = 0.1  # rewards are multiplied by this
     deter_size: int = 64  # size of h
     stoch_size: int = 16  # size of z
     units: int = 64  # units of the layers in the RSSM
     depth: int = 8  # channels of the first convolution; each of the next has twice as many
-    dense_units: int = 64  # units of the layers of reward, value and policy
+    dense_units: int = 64  # units per layer of the heads, value and policy, and of the encoder of vectors
     reward_layers: int = 2  # hidden layers of the reward
     value_layers: int = 2  # hidden layers of the value
     actor_layers: int = 2  # hidden layers of the policy
     world_learning_rate: float = 3e-3  # Adam's step size for the world model
     actor_learning_rate: float = 3e-4  # Adam's step size for the policy
     value_learning_rate: float = 3e-4  # Adam's step size for the value
-    gradient_clip: float = 100.0  # the gradient norms of world model, policy and value are clipped to this
     exploration: float = 0.3  # std of the noise added to actions; Discrete actions: probability of a random one
     seed: int = 1  # on one CPU, two runs with the same seed are identical
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
     compile: bool = False  # torch.compile a step of the RSSM
     bf16: bool = False  # compute the losses in bfloat16
-    eval_every: int = 1_000  # steps between evaluations (at the end of an episode, like all that follow)
+    eval_every: int = 1_000  # steps between evaluations (at the end of an episode, as pictures and checkpoints)
     picture_every: int = 1_000  # steps between pictures of open-loop predictions
     checkpoint_every: int = 5_000  # steps between checkpoints; one is also written about every minute
     episodes: int = 5  # episodes per evaluation
@@ -134,20 +133,19 @@ class Args:  # tyro turns each field into a flag and each comment into its help
             raise ValueError("--batch-length and --horizon must be at least 2")
 
 
-PAPER = Args(
-    image_size=64, total_timesteps=5_000_000, random_steps=5_000, train_every=1_000, updates=100, pretrain=101,
-    batch_size=50, batch_length=50, replay_size=2_600_000, horizon=15, free_nats=3.0, decoder_std=1.0, reward_scale=1.0,
-    deter_size=200, stoch_size=30, units=200, depth=32, dense_units=400, value_layers=3, actor_layers=4,
-    world_learning_rate=6e-4, actor_learning_rate=8e-5, value_learning_rate=8e-5, eval_every=10_000,
-    picture_every=50_000, checkpoint_every=50_000,
+CONTROL = Args(
+    "ControlSuite/walker-walk", image_size=64, total_timesteps=5_000_000, random_steps=5_000, train_every=1_000,
+    updates=100, pretrain=101, batch_size=50, batch_length=50, replay_size=2_600_000, horizon=15, free_nats=3.0,
+    decoder_std=1.0, reward_scale=1.0, deter_size=200, stoch_size=30, units=200, depth=32, dense_units=400,
+    value_layers=3, actor_layers=4, world_learning_rate=6e-4, actor_learning_rate=8e-5, value_learning_rate=8e-5,
+    eval_every=10_000, picture_every=50_000, checkpoint_every=50_000,
 )  # fmt: skip
 PRESETS = {
     "pendulum-pixels": ("Pendulum-v1 from images of 32 × 32: minutes", Args()),
-    "pendulum": ("Pendulum-v1 from its three numbers", Args(obs="vector", decoder_std=0.1, total_timesteps=12_000)),
-    "cartpole-swingup": ("DeepMind control from pixels at the code's settings: for a GPU",
-                         replace(PAPER, env_id="ControlSuite/cartpole-swingup")),
-    "walker": ("DeepMind control from pixels at the code's settings: for a GPU",
-               replace(PAPER, env_id="ControlSuite/walker-walk")),
+    "pendulum": ("Pendulum-v1 from its state vector: minutes", Args(
+        obs="vector", decoder_std=0.1, total_timesteps=12_000)),
+    "walker": ("DeepMind control from pixels at the code's settings: for a GPU", CONTROL),
+    "cartpole-swingup": ("the same for cartpole-swingup", replace(CONTROL, env_id="ControlSuite/cartpole-swingup")),
 }  # fmt: skip
 
 
@@ -241,7 +239,7 @@ class RSSM(nn.Module):
         return State(h, mean + std * torch.randn_like(std), mean, std)
 
     def unroll(self, h: Tensor, z: Tensor, actions: Tensor, embedded: Optional[Tensor] = None) -> State:
-        """The states [B, T, ...] along actions [B, T, A], each of which led to the observation of its row [B, T, E]."""
+        """States [B, T, ...] along actions [B, T, A]; action t leads to observation t, encoded as [B, T, E]."""
         states = []
         for t in range(actions.shape[1]):
             states.append(self.step(h, z, actions[:, t], None if embedded is None else embedded[:, t]))
@@ -275,10 +273,9 @@ class WorldModel(nn.Module):
         return obs / 255 - 0.5 if self.images else (obs.float() - self.mean) / self.std
 
     def set_normaliser(self, obs: Tensor) -> None:
-        if not self.images:
-            std = obs.std(0, correction=0)
-            self.mean.copy_(obs.mean(0))
-            self.std.copy_(torch.where(std > 1e-6, std, 1.0))
+        std = obs.std(0, correction=0)
+        self.mean.copy_(obs.mean(0))
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, ...] → [B, T, E]"""
@@ -297,7 +294,7 @@ class WorldModel(nn.Module):
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x [B, T] over the rows that count."""
+    """The mean of x [B, T] over the rows whose mask is 1."""
     return (x * mask).sum() / mask.sum()
 
 
@@ -339,11 +336,9 @@ class Actor(nn.Module):
         return 5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.expm1(5))) + 1e-4  # the std starts at 5
 
     def forward(self, features: Tensor) -> Tensor:
-        """A sample with a gradient."""
-        if self.discrete:  # straight-through: one-hot in the forward pass, probabilities in the backward pass
-            probs = self.net(features).float().softmax(-1)
-            sample = torch.multinomial(probs.flatten(0, -2), 1).view(probs.shape[:-1])
-            return F.one_hot(sample, probs.shape[-1]) + probs - probs.detach()
+        """A reparameterised sample, or a straight-through one."""
+        if self.discrete:
+            return OneHotCategoricalStraightThrough(logits=self.net(features).float(), validate_args=False).rsample()
         # Eq. 3: a = tanh(μ_φ(s) + σ_φ(s) ε), ε ~ N(0, 1)
         mean, std = self.gaussian(features)
         return torch.tanh(mean + std * torch.randn_like(std))
@@ -382,17 +377,17 @@ def discount_weights(discount: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-2]], 1).cumprod(1).detach()
 
 
-def behaviour_losses(agent: "Agent", states: State, alive: Tensor, args: Args) -> tuple[Tensor, Tensor, dict]:
-    """Steps (2) and (3): the losses of policy and value, and metrics. `alive` [B, L] is 0 where nothing follows."""
-    world, alive = agent.world, alive.flatten()[:, None]
+def behaviour_losses(agent: "Agent", states: State, batch: "Sequences", args: Args) -> tuple[Tensor, Tensor, dict]:
+    """Steps (2) and (3): the losses of policy and value, and metrics. Nothing is imagined from a terminal state."""
+    world, alive = agent.world, (batch.mask * (1 - batch.terminated)).flatten()[:, None]
     features = imagine(world, agent.actor, *(x.detach().flatten(0, 1) for x in (states.h, states.z)), args.horizon)
     reward, discount, value = world.reward(features), world.discount(features), agent.value(features)[..., 0].float()
     returns = lambda_return(reward, value, discount, args.return_lambda)
-    weights = alive * discount_weights(discount) / (alive.sum() * returns.shape[1])
+    weights = discount_weights(discount)
     # Eq. 7: max_φ E[Σ_τ V_λ(s_τ)], weighted by the discounts as in the code
-    actor_loss = -(weights * returns).sum()
+    actor_loss = -masked_mean(weights * returns, alive.expand_as(returns))
     # Eq. 8: min_ψ E[Σ_τ ½ ‖v_ψ(s_τ) − V_λ(s_τ)‖²]
-    value_loss = (weights * 0.5 * (value[:, :-1] - returns.detach()).square()).sum()
+    value_loss = masked_mean(weights * 0.5 * (value[:, :-1] - returns.detach()).square(), alive.expand_as(returns))
     metrics = {"losses/actor": actor_loss, "losses/value": value_loss}
     for name, x in (("reward", reward), ("return", returns), ("value", value)):
         metrics[f"model/imagined_{name}"] = masked_mean(x, alive.expand_as(x))
@@ -455,7 +450,7 @@ def open_loop(world: WorldModel, batch: "Sequences", context: int = 5) -> tuple[
 
 @torch.no_grad()
 def heldout_metrics(world: WorldModel, replay: "SequenceReplay", args: Args) -> dict[str, Tensor]:
-    """On the latest episode, which the model has not been trained on: ½ of the mean squared errors, h steps ahead."""
+    """The loss and ½ of the mean squared h-step errors on the latest episode, which has not been trained on."""
     metrics = {"model/heldout_loss": world_model_loss(world, replay.latest(args.batch_length, 8), args)[0]}
     batch = replay.latest(50, 8)
     if batch.obs.shape[1] > 5:
@@ -472,7 +467,8 @@ def heldout_metrics(world: WorldModel, replay: "SequenceReplay", args: Args) -> 
 def draw_open_loop(world: WorldModel, replay: "SequenceReplay", step: int) -> Figure:
     """The latest episode and its open-loop prediction: images or the first numbers of the observation, and rewards."""
     batch = replay.latest(50)
-    obs, reward = open_loop(world, batch, min(5, batch.obs.shape[1] - 1))
+    context = min(5, max(batch.obs.shape[1] // 3, 1))
+    obs, reward = open_loop(world, batch, context)
     truth, model = (x[0].cpu() for x in (world.normalise(batch.obs), obs))
     panels = 1 if world.images else min(truth.shape[1], 4)
     figure = Figure(figsize=(9, 4 if world.images else 1.3 * (panels + 1)), dpi=80, layout="constrained")
@@ -490,7 +486,7 @@ def draw_open_loop(world: WorldModel, replay: "SequenceReplay", step: int) -> Fi
     for axis, label, real, predicted in [*curves, (last, "reward", batch.reward[0].cpu(), reward[0].cpu())]:
         axis.plot(real, color="black", label="truth")
         axis.plot(predicted, color="tab:orange", label="model")
-        axis.axvspan(0, 4, color="grey", alpha=0.25, linewidth=0)
+        axis.axvspan(0, context - 1, color="grey", alpha=0.25, linewidth=0)
         axis.set_ylabel(label)
     last.legend(fontsize=7)
     return figure
@@ -513,21 +509,22 @@ def train(args: Args) -> None:
     autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
     def backward(name: str, loss: Tensor, retain_graph: bool = False) -> None:
-        """The gradient of one network's parameters: the policy's loss passes through the world model."""
+        """Gradients for one network only; the policy's loss also backpropagates through the others."""
         parameters = [*networks[name].parameters()]
         optimizers[name].zero_grad()
         loss.backward(inputs=parameters, retain_graph=retain_graph)
-        nn.utils.clip_grad_norm_(parameters, args.gradient_clip)
+        nn.utils.clip_grad_norm_(parameters, 100)
 
     while run.unfinished():
-        obs, info = env.reset(seed=run.begin_episode())
+        obs, _ = env.reset(seed=run.begin_episode())
         agent.reset()
         replay.begin(obs)
         training, over, metrics = run.step >= args.random_steps and len(replay.starts) > 1, False, []
         while not over and run.step < args.total_timesteps:
             updates = args.updates if training and run.step % args.train_every < args.action_repeat else 0
             if training and agent.updates == 0:
-                agent.world.set_normaliser(replay.rows(torch.arange(replay.size)).obs)
+                if args.obs == "vector":
+                    agent.world.set_normaliser(replay.obs[: replay.size])
                 updates = args.pretrain
             for _ in tqdm(range(updates), "updates", leave=False, disable=None if updates >= 100 else True):
                 # (1) sample sequences, infer their states, and train the world model
@@ -537,8 +534,7 @@ def train(args: Args) -> None:
                 backward("world", loss)
                 # (2) imagine steps from these states, and compute λ-returns
                 with autocast():
-                    alive = batch.mask * (1 - batch.terminated)
-                    actor_loss, value_loss, behaviour_metrics = behaviour_losses(agent, states, alive, args)
+                    actor_loss, value_loss, behaviour_metrics = behaviour_losses(agent, states, batch, args)
                 # (3) train the policy to increase these returns, and the value to predict them
                 backward("value", value_loss, retain_graph=True)
                 backward("actor", actor_loss)
@@ -561,10 +557,10 @@ def train(args: Args) -> None:
             run.log(tag, torch.stack([m[tag] for m in metrics]).mean())
         run.end_episode(info)
         with torch.random.fork_rng():
-            if training and run.due(args.eval_every):
+            if training and over and run.due(args.eval_every):
                 for tag, value in heldout_metrics(agent.world, replay, args).items():
                     run.log(tag, value)
-            if training and run.due(args.picture_every):
+            if training and over and run.due(args.picture_every):
                 run.picture(draw_open_loop(agent.world, replay, run.step))
         if run.due(args.eval_every):
             run.evaluate(agent, test_env)
@@ -660,15 +656,14 @@ class Sequences(NamedTuple):
     action: Tensor
     reward: Tensor
     terminated: Tensor  # 1 if the state is terminal
-    mask: Tensor  # 0 in rows that only fill up an episode shorter than T
+    mask: Tensor  # 0 in padding, if the episode is shorter than T
 
 
 class SequenceReplay:
     """The rows of all episodes, in a ring. Images are a memory-mapped file in the run folder."""
 
     def __init__(self, env: gym.Env, actions: int, args: Args):
-        # A row for each step and each reset. A quarter more than is sampled from: a resumed run finds all the images
-        # of its last checkpoint.
+        # One row per step and reset. The spare quarter keeps a run from overwriting images that its checkpoint needs.
         rows = min(args.replay_size * 5 // 4, 2 * (args.total_timesteps // args.action_repeat + 1))
         self.size, self.starts, self.keep, self.device = 0, [], args.replay_size, args.device
         self.shape, self.images = (rows, *env.observation_space.shape), None
@@ -698,9 +693,11 @@ class SequenceReplay:
     def add(self, obs: np.ndarray, action: Tensor, reward: float, terminated: bool) -> None:
         if not (math.isfinite(reward) and np.isfinite(obs).all()):
             raise UserError("the environment returned NaN or infinity as an observation or reward")
+        if self.size - self.starts[0] >= len(self.obs):
+            raise UserError("--replay-size is too small for episodes of this length")
         row = self.size % len(self.obs)
         self.obs[row] = torch.from_numpy(obs)
-        for column, value in zip(self.columns.values(), (action, reward, terminated), strict=True):
+        for column, value in zip(self.columns.values(), (action, float(reward), float(terminated)), strict=True):
             column[row] = value
         self.size += 1
 
@@ -710,7 +707,7 @@ class SequenceReplay:
         return Sequences(*(column.to(self.device) for column in columns))
 
     def sample(self, batch_size: int, length: int) -> Sequences:
-        """Step (1): from a random complete episode each, from a random row on that leaves room for the length."""
+        """Step (1): each sequence starts at a random row of a random complete episode, so that it fits."""
         starts = torch.tensor(self.starts)
         chosen = torch.randint(len(starts) - 1, (batch_size,))
         start, rows = starts[chosen, None], (starts[chosen + 1] - starts[chosen])[:, None]
@@ -718,7 +715,7 @@ class SequenceReplay:
         return self.rows(start + torch.minimum(offset, rows - 1), offset < rows)
 
     def latest(self, length: int, windows: int = 1) -> Sequences:
-        """Evenly spaced windows of the latest episode, which is not sampled from before the next one begins."""
+        """Evenly spaced windows of the latest episode, which sample() excludes until the next one begins."""
         rows = self.size - self.starts[-1]
         length = min(length, rows)
         offset = torch.linspace(0, rows - length, windows).round().long().unique()[:, None] + torch.arange(length)

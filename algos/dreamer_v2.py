@@ -7,16 +7,16 @@
 # ///
 """DreamerV2: a world model with discrete latent variables, and a policy that learns inside it.
 
-The world model of Dreamer (dreamer_v1.py, whose order this file keeps) with what makes it play games. The stochastic
-part of the state is a vector of categorical variables instead of a Gaussian, so that it can represent futures that
-branch. The KL divergence is balanced: the prior is trained faster towards the posterior than the posterior towards the
-prior. A policy over discrete actions learns by REINFORCE on imagined steps, with a baseline and an entropy bonus.
+DreamerV2 changes Dreamer (dreamer_v1.py, in the same order) so that it can play games. The stochastic part of the state
+is a vector of categorical variables instead of a Gaussian, so it can represent branching futures. The KL divergence is
+balanced: the prior is trained faster towards the posterior than the posterior towards the prior. A policy over discrete
+actions learns by REINFORCE on imagined steps, with a baseline and an entropy bonus.
 
 Paper: Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Models", ICLR 2021, arXiv 2010.02193.
 Official code: github.com/danijar/dreamerv2.
 
 The algorithm:
-    (1) sample B sequences of L steps, infer their states, and train the world model to predict what they hold (Eq. 2)
+    (1) sample B sequences of L steps, infer their states, and train the world model to predict the rows (Eq. 2)
     (2) from each of these states imagine H steps with the policy, and compute λ-returns of a slow value (Eq. 4)
     (3) train the policy by REINFORCE or the gradient of these returns (Eq. 6), and the value to predict them (Eq. 5)
     (4) infer the state of the current episode from the observation, sample an action, and store the step
@@ -37,11 +37,11 @@ Usage (return: mean and 95 % interval over seeds; docs/dreamer_v2.md has the cur
     uv run --with dm_control --with "mujoco<4" algos/dreamer_v2.py walker --device cuda
     python algos/dreamer_v2.py --evaluate runs/NAME --episodes 10 --capture-video
 
-Differences from the paper and its code: settings are the code's where it differs from the paper's table; episodes
-shorter than L are padded and masked, where the code drops them; the value's slow copy is also the baseline, as in the
-code; continuous actions have the exact gradient of a truncated Gaussian, where the code's ignores the bounds and is 4
-to 14 times larger at first. The small preset has smaller networks and images, more updates per step, a horizon of the
-game's length, and a larger entropy bonus.
+Differences from the paper and its code: settings are the code's where it differs from the paper's table. Episodes
+shorter than L are padded and masked; the code drops them. The slow value is also the baseline, as in the code.
+Continuous actions have the exact gradient of a truncated Gaussian; the code's gradient ignores the bounds and is 4 to
+14 times larger at first. The small preset has smaller networks and images, a smaller --decoder-std, more updates per
+step, a horizon of the game's length, and a larger entropy bonus.
 """
 
 import argparse
@@ -77,15 +77,15 @@ ALGORITHM = "dreamer_v2"
 
 @dataclass
 class Args:  # tyro turns each field into a flag and each comment into its help
-    env_id: str = "Catch-v0"  # Box or Discrete actions; ALE/Pong-v5: Atari; ControlSuite/walker-walk: dm_control
-    obs: Literal["pixels", "vector"] = "pixels"  # pixels: image observations, or the rendered environment
+    env_id: str = "Catch-v0"  # any environment with Box or Discrete actions; for Atari start from preset freeway
+    obs: Literal["pixels", "vector"] = "pixels"  # the environment's images, or its rendering if it has none; or vectors
     image_size: Literal[32, 64] = 32  # images are resized to this many pixels per side
-    action_repeat: int = 1  # each action is repeated this many times; all steps are counted in the environment
-    tanh_rewards: bool = False  # learn tanh(r); scores are those of the task
+    action_repeat: int = 1  # each action is repeated this many times; all settings in steps count the repeats
+    tanh_rewards: bool = False  # train on tanh(r); reported returns are not transformed
     total_timesteps: int = 10_000  # environment steps
-    random_steps: int = 2_000  # uniformly random actions first, up to the end of an episode
+    random_steps: int = 2_000  # initial steps with random actions, rounded up to whole episodes
     train_every: int = 2  # environment steps between updates
-    pretrain: int = 500  # updates before the first of them
+    pretrain: int = 500  # updates in the first round
     batch_size: int = 16  # B: sequences per update
     batch_length: int = 8  # L: rows per sequence
     balance_ends: bool = False  # sample the ends of episodes more often
@@ -93,12 +93,12 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     horizon: int = 8  # H: imagined steps
     gamma: float = 0.99  # γ: discount factor
     return_lambda: float = 0.95  # λ of the returns
-    ends: bool = True  # predict the discount, 0 at terminal states; otherwise it is γ everywhere
-    ends_scale: float = 5.0  # weight of its loss
+    ends: bool = True  # learn the discount, which is 0 at terminal states; otherwise it is γ everywhere
+    ends_scale: float = 5.0  # weight of the discount's loss
     kl_scale: float = 1.0  # β: weight of the KL divergence
-    kl_balance: float = 0.8  # α: share of the KL that trains the prior; 0.5: no balancing, both by the whole KL
+    kl_balance: float = 0.8  # α: share of the KL that trains the prior; 0.5: no balancing, both get the full KL
     free_nats: float = 0.0  # a mean KL below this is not reduced further
-    decoder_std: float = 0.3  # std of the observation's Gaussian; the paper's is 1, smaller means a larger weight
+    decoder_std: float = 0.3  # std of the observation's Gaussian, 1 in the paper; if smaller, observations count more
     reward_scale: float = 1.0  # rewards are multiplied by this
     latent: Literal["categorical", "gaussian"] = "categorical"  # the distribution of z
     deter_size: int = 64  # size of h
@@ -106,8 +106,8 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     classes: int = 8  # classes of each categorical variable
     units: int = 64  # units of the layers in the RSSM
     depth: int = 8  # channels of the first convolution; each of the next has twice as many
-    dense_units: int = 64  # units of the layers of reward, value and policy
-    dense_layers: int = 2  # their hidden layers
+    dense_units: int = 64  # units per layer of the heads, value and policy, and of the encoder of vectors
+    dense_layers: int = 2  # hidden layers of reward, discount, value and policy
     reinforce_share: float = 1.0  # ρ: share of REINFORCE in the policy's gradient; the rest is the returns' gradient
     entropy_scale: float = 0.3  # η: weight of the policy's entropy
     slow_every: int = 100  # updates between copies of the value to the slow value
@@ -119,7 +119,7 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
     compile: bool = False  # torch.compile a step of the RSSM
     bf16: bool = False  # compute the losses in bfloat16
-    eval_every: int = 1_000  # steps between evaluations (at the end of an episode, like all that follow)
+    eval_every: int = 1_000  # steps between evaluations (at the end of an episode, as pictures and checkpoints)
     picture_every: int = 1_000  # steps between pictures of open-loop predictions
     checkpoint_every: int = 5_000  # steps between checkpoints; one is also written about every minute
     episodes: int = 50  # episodes per evaluation
@@ -157,7 +157,7 @@ ATARI = replace(
     checkpoint_every=500_000,
 )  # fmt: skip
 PRESETS = {
-    "catch": ("a game in this file, 32 × 32 pixels: catch the ball, which jumps to a random side: minutes", Args()),
+    "catch": ("a game in this file, 32 × 32 pixels: catch a ball that jumps left or right; minutes", Args()),
     "freeway": ("Atari at the code's settings: for a GPU", ATARI),
     "walker": ("DeepMind control from pixels at the code's settings: for a GPU", CONTROL),
 }  # fmt: skip
@@ -239,7 +239,7 @@ class RSSM(nn.Module):
         return tuple(self.gru_in.weight.new_zeros(n, size) for size in self.sizes)
 
     def gru(self, x: Tensor, h: Tensor) -> Tensor:
-        """A GRU with one layer norm for its three gates. The −1 makes it remember at first."""
+        """A GRU with one layer norm for its three gates. The −1 biases the update gate towards keeping h."""
         reset, new, update = self.gates_norm(self.gates(torch.cat([x, h], -1)).float()).chunk(3, -1)
         update = (update - 1).sigmoid()
         return update * torch.tanh(reset.sigmoid() * new) + (1 - update) * h
@@ -263,10 +263,10 @@ class RSSM(nn.Module):
         """s_t after s_{t−1} and a_{t−1}: from the posterior if x_t has been observed, otherwise from the prior."""
         h = self.gru(F.elu(self.gru_in(torch.cat([z, action], -1))), h)
         parameters = self.prior(h) if embedded is None else self.posterior(h, embedded)
-        return State(h, self.distribution(parameters).rsample().flatten(h.ndim - 1), parameters)
+        return State(h, self.distribution(parameters).rsample().flatten(1), parameters)
 
     def unroll(self, h: Tensor, z: Tensor, actions: Tensor, embedded: Optional[Tensor] = None) -> State:
-        """The states [B, T, ...] along actions [B, T, A], each of which led to the observation of its row [B, T, E]."""
+        """States [B, T, ...] along actions [B, T, A]; action t leads to observation t, encoded as [B, T, E]."""
         states = []
         for t in range(actions.shape[1]):
             states.append(self.step(h, z, actions[:, t], None if embedded is None else embedded[:, t]))
@@ -300,10 +300,9 @@ class WorldModel(nn.Module):
         return obs / 255 - 0.5 if self.images else (obs.float() - self.mean) / self.std
 
     def set_normaliser(self, obs: Tensor) -> None:
-        if not self.images:
-            std = obs.std(0, correction=0)
-            self.mean.copy_(obs.mean(0))
-            self.std.copy_(torch.where(std > 1e-6, std, 1.0))
+        std = obs.std(0, correction=0)
+        self.mean.copy_(obs.mean(0))
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, ...] → [B, T, E]"""
@@ -322,12 +321,12 @@ class WorldModel(nn.Module):
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x [B, T] over the rows that count."""
+    """The mean of x [B, T] over the rows whose mask is 1."""
     return (x * mask).sum() / mask.sum()
 
 
 def balanced_kl(rssm: RSSM, posterior: Tensor, prior: Tensor, mask: Tensor, args: Args) -> Tensor:
-    """A good prior is what imagination needs; a posterior that follows a bad prior ignores the observations."""
+    """The KL, with more gradient for the prior: a posterior that is pulled towards a bad prior ignores the images."""
 
     def kl(q: Tensor, p: Tensor) -> Tensor:
         return kl_divergence(rssm.distribution(q), rssm.distribution(p))
@@ -378,11 +377,11 @@ class TruncatedNormal(NamedTuple):
         return low, high, torch.special.ndtr(high) - torch.special.ndtr(low)
 
     def rsample(self) -> Tensor:
-        """By the inverse of the cumulative distribution function, which has a gradient."""
+        """Reparameterised by the inverse of the cumulative distribution function."""
         low, _, inside = self.bounds()
         u = torch.special.ndtr(low) + torch.rand_like(self.mean) * inside
         x = self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-        return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # rounding may leave the bounds
+        return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # rounding can move x outside the bounds
 
     def log_prob(self, x: Tensor) -> Tensor:
         normal = -0.5 * ((x - self.mean) / self.std).square() - self.std.log() - 0.5 * math.log(2 * math.pi)
@@ -448,7 +447,7 @@ def behaviour_losses(agent: "Agent", states: State, batch: "Sequences", args: Ar
     """Steps (2) and (3): the losses of policy and value, and metrics."""
     world, mask, ended = agent.world, batch.mask.flatten()[:, None], batch.terminated.flatten()[:, None]
     # With REINFORCE alone no gradient flows through the imagined steps.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and args.reinforce_share < 1):
+    with torch.set_grad_enabled(args.reinforce_share < 1):
         h, z = (x.detach().flatten(0, 1) for x in (states.h, states.z))
         features, actions = imagine(world, agent.actor, h, z, args.horizon)
         reward, discount = world.reward(features), world.discount(features)
@@ -456,12 +455,13 @@ def behaviour_losses(agent: "Agent", states: State, batch: "Sequences", args: Ar
             discount = torch.cat([args.gamma * (1 - ended), discount[:, 1:]], 1)
         slow = agent.slow_value(features)[..., 0].float()
         returns = lambda_return(reward, slow, discount, args.return_lambda)  # of states 0 to H − 1
-    weights = mask * discount_weights(discount)
+    weights = discount_weights(discount)
     # Eq. 6: max_ψ E[Σ ρ ln p_ψ(a_t|z_t) sg(V^λ_{t+1} − v(z_t)) + (1 − ρ) V^λ_{t+1} + η H(a_t|z_t)], with the code's
     # indices: an action in state t is judged by the return of state t + 1, the first that it can change, and t ends at
     # H − 2. The baseline includes the reward of state t and the return does not, which adds variance but no bias.
     policy = agent.actor(features[:, :-2].detach())
-    objective = args.entropy_scale * policy.entropy()
+    entropy = policy.entropy()
+    objective = args.entropy_scale * entropy
     if args.reinforce_share > 0:
         advantage = (returns[:, 1:] - slow[:, :-2]).detach()
         objective = objective + args.reinforce_share * policy.log_prob(actions[:, :-1].detach()) * advantage
@@ -472,7 +472,7 @@ def behaviour_losses(agent: "Agent", states: State, batch: "Sequences", args: Ar
     value = agent.value(features[:, :-1].detach())[..., 0].float()
     value_loss = masked_mean(weights * 0.5 * (value - returns.detach()).square(), mask.expand_as(value))
     metrics = {"losses/actor": actor_loss, "losses/value": value_loss}
-    metrics["model/policy_entropy"] = masked_mean(policy.entropy(), mask.expand_as(objective))
+    metrics["model/policy_entropy"] = masked_mean(entropy, mask.expand_as(entropy))
     for name, x in (("reward", reward), ("return", returns), ("value", slow)):
         metrics[f"model/imagined_{name}"] = masked_mean(x, mask.expand_as(x))
     return actor_loss, value_loss, metrics
@@ -532,7 +532,7 @@ def open_loop(world: WorldModel, batch: "Sequences", context: int = 5) -> tuple[
 
 @torch.no_grad()
 def heldout_metrics(world: WorldModel, replay: "SequenceReplay", args: Args) -> dict[str, Tensor]:
-    """On the latest episode, which the model has not been trained on: ½ of the mean squared errors, h steps ahead."""
+    """The loss and ½ of the mean squared h-step errors on the latest episode, which has not been trained on."""
     metrics = {"model/heldout_loss": world_model_loss(world, replay.latest(args.batch_length, 8), args)[0]}
     batch = replay.latest(50, 8)
     if batch.obs.shape[1] > 5:
@@ -549,7 +549,8 @@ def heldout_metrics(world: WorldModel, replay: "SequenceReplay", args: Args) -> 
 def draw_open_loop(world: WorldModel, replay: "SequenceReplay", step: int) -> Figure:
     """The latest episode and its open-loop prediction: images or the first numbers of the observation, and rewards."""
     batch = replay.latest(50)
-    obs, reward = open_loop(world, batch, min(5, batch.obs.shape[1] - 1))
+    context = min(5, max(batch.obs.shape[1] // 3, 1))
+    obs, reward = open_loop(world, batch, context)
     truth, model = (x[0].cpu() for x in (world.normalise(batch.obs), obs))
     panels = 1 if world.images else min(truth.shape[1], 4)
     figure = Figure(figsize=(9, 4 if world.images else 1.3 * (panels + 1)), dpi=80, layout="constrained")
@@ -567,7 +568,7 @@ def draw_open_loop(world: WorldModel, replay: "SequenceReplay", step: int) -> Fi
     for axis, label, real, predicted in [*curves, (last, "reward", batch.reward[0].cpu(), reward[0].cpu())]:
         axis.plot(real, color="black", label="truth")
         axis.plot(predicted, color="tab:orange", label="model")
-        axis.axvspan(0, 4, color="grey", alpha=0.25, linewidth=0)
+        axis.axvspan(0, context - 1, color="grey", alpha=0.25, linewidth=0)
         axis.set_ylabel(label)
     last.legend(fontsize=7)
     return figure
@@ -591,22 +592,23 @@ def train(args: Args) -> None:
     replay.open(run.dir)
     autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
-    def backward(name: str, loss: Tensor, retain_graph: bool = False) -> None:
-        """The gradient of one network's parameters: the policy's loss passes through the world model."""
+    def backward(name: str, loss: Tensor) -> None:
+        """Gradients for one network only; with ρ < 1 the policy's loss also backpropagates through the others."""
         parameters = [*networks[name].parameters()]
         optimizers[name].zero_grad()
-        loss.backward(inputs=parameters, retain_graph=retain_graph)
+        loss.backward(inputs=parameters)
         nn.utils.clip_grad_norm_(parameters, 100)
 
     while run.unfinished():
-        obs, info = env.reset(seed=run.begin_episode())
+        obs, _ = env.reset(seed=run.begin_episode())
         agent.reset()
         replay.begin(obs)
         training, over, metrics = run.step >= args.random_steps and len(replay.starts) > 1, False, []
         while not over and run.step < args.total_timesteps:
             updates = int(training and run.step % args.train_every < args.action_repeat)
             if training and agent.updates == 0:
-                agent.world.set_normaliser(replay.rows(torch.arange(replay.size)).obs)
+                if args.obs == "vector":
+                    agent.world.set_normaliser(replay.obs[: replay.size])
                 updates = args.pretrain
             for _ in tqdm(range(updates), "updates", leave=False, disable=None if updates >= 100 else True):
                 # (1) sample sequences, infer their states, and train the world model
@@ -614,12 +616,12 @@ def train(args: Args) -> None:
                 with autocast():
                     loss, states, world_metrics = world_model_loss(agent.world, batch, args)
                 backward("world", loss)
-                optimizers["world"].step()  # the states are those of the old model, imagination uses the new one
+                optimizers["world"].step()  # the states come from the old model; imagination uses the new one
                 # (2) imagine steps from these states, and compute λ-returns
                 with autocast():
                     actor_loss, value_loss, behaviour_metrics = behaviour_losses(agent, states, batch, args)
                 # (3) train the policy to increase these returns, and the value to predict them
-                backward("value", value_loss, retain_graph=True)
+                backward("value", value_loss)
                 backward("actor", actor_loss)
                 for name in ("actor", "value"):
                     optimizers[name].step()
@@ -642,10 +644,10 @@ def train(args: Args) -> None:
             run.log(tag, torch.stack([m[tag] for m in metrics]).mean())
         run.end_episode(info)
         with torch.random.fork_rng():
-            if training and run.due(args.eval_every):
+            if training and over and run.due(args.eval_every):
                 for tag, value in heldout_metrics(agent.world, replay, args).items():
                     run.log(tag, value)
-            if training and run.due(args.picture_every):
+            if training and over and run.due(args.picture_every):
                 run.picture(draw_open_loop(agent.world, replay, run.step))
         if run.due(args.eval_every):
             run.evaluate(agent, test_env)
@@ -657,8 +659,8 @@ def train(args: Args) -> None:
 
 class Catch(gym.Env):
     """A ball falls through 8 × 8 tiles, and a paddle at the bottom moves left, stays, or moves right. The reward at the
-    end is 1 if the paddle catches the ball, otherwise −1. Four moves before that the ball jumps two tiles to the left
-    or to the right, with equal probability."""
+    end is 1 if the paddle catches the ball, otherwise −1. Four moves before the end the ball jumps two tiles to the
+    left or to the right, with equal probability."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
     observation_space, action_space = gym.spaces.Box(0, 255, (32, 32, 1), np.uint8), gym.spaces.Discrete(3)
@@ -691,7 +693,7 @@ class Catch(gym.Env):
 
 
 class NoOps(gym.Wrapper):
-    """An Atari episode begins with 1 to 30 frames without an action."""
+    """An Atari episode begins with 1 to 30 no-op frames."""
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -754,6 +756,8 @@ class ControlSuite(gym.Env):
 
 def make_task(args: Args, **kwargs) -> gym.Env:
     if args.env_id.startswith("ALE/"):  # grey frames, the maximum of the last two, and sticky actions
+        if args.obs == "vector" or args.action_repeat < 2:
+            raise UserError(f"{args.env_id} needs --obs pixels and --action-repeat 2 or more: use the preset freeway")
         env = gym.make(args.env_id, obs_type="grayscale", frameskip=1, max_episode_steps=108_000, **kwargs)
         env = gym.wrappers.MaxAndSkipObservation(NoOps(env), args.action_repeat)
         space = gym.spaces.Box(0, 255, (1, args.image_size, args.image_size), np.uint8)
@@ -799,15 +803,14 @@ class Sequences(NamedTuple):
     action: Tensor
     reward: Tensor
     terminated: Tensor  # 1 if the state is terminal
-    mask: Tensor  # 0 in rows that only fill up an episode shorter than T
+    mask: Tensor  # 0 in padding, if the episode is shorter than T
 
 
 class SequenceReplay:
     """The rows of all episodes, in a ring. Images are a memory-mapped file in the run folder."""
 
     def __init__(self, env: gym.Env, actions: int, args: Args):
-        # A row for each step and each reset. A quarter more than is sampled from: a resumed run finds all the images
-        # of its last checkpoint.
+        # One row per step and reset. The spare quarter keeps a run from overwriting images that its checkpoint needs.
         rows = min(args.replay_size * 5 // 4, 2 * (args.total_timesteps // args.action_repeat + 1))
         self.size, self.starts, self.keep, self.device = 0, [], args.replay_size, args.device
         self.shape, self.images = (rows, *env.observation_space.shape), None
@@ -837,9 +840,11 @@ class SequenceReplay:
     def add(self, obs: np.ndarray, action: Tensor, reward: float, terminated: bool) -> None:
         if not (math.isfinite(reward) and np.isfinite(obs).all()):
             raise UserError("the environment returned NaN or infinity as an observation or reward")
+        if self.size - self.starts[0] >= len(self.obs):
+            raise UserError("--replay-size is too small for episodes of this length")
         row = self.size % len(self.obs)
         self.obs[row] = torch.from_numpy(obs)
-        for column, value in zip(self.columns.values(), (action, reward, terminated), strict=True):
+        for column, value in zip(self.columns.values(), (action, float(reward), float(terminated)), strict=True):
             column[row] = value
         self.size += 1
 
@@ -847,22 +852,22 @@ class SequenceReplay:
         index, mask = index % len(self.obs), torch.ones(index.shape) if mask is None else mask.float()
         columns = self.obs[index], *(column[index] for column in self.columns.values()), mask
         batch = Sequences(*(column.to(self.device) for column in columns))
-        batch.action[:, 0] = 0  # the action before a sequence is unknown, as the state is
+        batch.action[:, 0] = 0  # zero, like the state before a sequence
         return batch
 
     def sample(self, batch_size: int, length: int, balance_ends: bool) -> Sequences:
-        """Step (1): from a random complete episode each, from a random row on that leaves room for the length. To
-        balance, from any row, which is then moved back until it does."""
+        """Step (1): each sequence starts at a random row of a random complete episode, so that it fits. To balance,
+        any row is chosen, and then clipped to the last one that fits."""
         starts = torch.tensor(self.starts)
         chosen = torch.randint(len(starts) - 1, (batch_size,))
         start, rows = starts[chosen, None], (starts[chosen + 1] - starts[chosen])[:, None]
         last = (rows - length).clamp(min=0)
-        offset = (torch.rand(batch_size, 1) * (rows if balance_ends else last + 1)).long()
+        offset = (torch.rand(batch_size, 1) * (rows + 1 if balance_ends else last + 1)).long()
         offset = torch.minimum(offset, last) + torch.arange(length)
         return self.rows(start + torch.minimum(offset, rows - 1), offset < rows)
 
     def latest(self, length: int, windows: int = 1) -> Sequences:
-        """Evenly spaced windows of the latest episode, which is not sampled from before the next one begins."""
+        """Evenly spaced windows of the latest episode, which sample() excludes until the next one begins."""
         rows = self.size - self.starts[-1]
         length = min(length, rows)
         offset = torch.linspace(0, rows - length, windows).round().long().unique()[:, None] + torch.arange(length)

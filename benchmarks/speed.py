@@ -319,7 +319,7 @@ def flops_of(call: Callable) -> int:
 def dreamer_rates(dreamer: ModuleType, rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
     """An update and its parts in the default preset; twice at the paper's sizes, where there is time for it."""
     small, calls, flops = next(iter(dreamer.PRESETS.values()))[1], {}, {}
-    large = dreamer.PAPER if dreamer is dreamer_v1 else dreamer.ATARI
+    large = dreamer.CONTROL if dreamer is dreamer_v1 else dreamer.ATARI
     variants = {more: replace(small, compile=on) for more, on in kinds(compiled).items()}
     if rounds > 1:
         variants |= {"large": large, "large, bfloat16": replace(large, bf16=True)}
@@ -340,8 +340,7 @@ def dreamer_rates(dreamer: ModuleType, rounds: int, compiled: bool = False) -> l
 
         def behaviour(states, args=args, agent=agent, batch=batch) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                rest = batch.mask if dreamer is dreamer_v1 else batch
-                actor_loss, value_loss, _ = dreamer.behaviour_losses(agent, states, rest, args)
+                actor_loss, value_loss, _ = dreamer.behaviour_losses(agent, states, batch, args)
             value_loss.backward(inputs=[*agent.value.parameters()], retain_graph=True)
             actor_loss.backward(inputs=[*agent.actor.parameters()])
 

@@ -260,6 +260,9 @@ def test_catch_and_atari():
         jumps.append(env.ball - before)
         assert env.row == 7 and reward == (1 if env.ball == env.paddle else -1)
     assert {*jumps} == {-2, 2} and abs(np.mean(jumps)) < 0.5
+    for changes in ({"obs": "vector", "action_repeat": 4}, {}):
+        with pytest.raises(dreamer.UserError, match="freeway"):
+            dreamer.make_env(dreamer.Args("ALE/Freeway-v5", **changes))
     args = dreamer.Args("ALE/Freeway-v5", image_size=64, action_repeat=4, tanh_rewards=True)
     games = [dreamer.make_env(args) for _ in range(2)]
     (one, _), (two, _) = (game.reset(seed=5) for game in games)

@@ -25,12 +25,16 @@ class Point(gym.Env):
 
 gym.register("Point-v0", Point, max_episode_steps=25)
 PLANNER = "--total-timesteps 400 --random-steps 100 --refit-every 100 --horizon 6"
+DREAMER = "--obs vector --total-timesteps 1200 --random-steps 500 --batch-length 10 --horizon 6 --decoder-std 0.1 "
+DREAMER += "--pretrain 100 --gamma 0.9 --world-learning-rate 1e-3 --actor-learning-rate 1e-3"
 BUDGET = {
     "pets": PLANNER,
     "mpc_rs": PLANNER,
     "pddm": PLANNER,
     "mbpo": "--total-timesteps 700 --random-steps 200 --epoch-steps 100 --model-every 100 --rollouts 5000 --updates 5",
     "mage": "--total-timesteps 900 --random-steps 200 --updates 5",
+    "dreamer_v1": f"{DREAMER} --action-repeat 1 --batch-size 16 --reward-scale 1 --value-learning-rate 1e-3",
+    "dreamer_v2": f"{DREAMER} --reinforce-share 0 --entropy-scale 0.001 --no-ends",
 }
 
 

@@ -186,8 +186,8 @@ class Env(gym.Env):
         return self.s, {}
     def step(self, a):
         self.s = np.clip(self.s + 0.1 * np.asarray(a), -9, 9).astype(np.float32)
-        r = np.nan if self.broken and abs(self.s[0]) > 1 else float(-abs(self.s).sum())
-        return self.s, r, bool(self.s[1] > 1), False, {}
+        r = np.nan if self.broken and abs(self.s[0]) > 1 else -abs(self.s).sum()
+        return self.s, r, self.s[1] > 1, False, {}
 class Choice(Env):
     action_space = gym.spaces.Discrete(5)
     def step(self, a):
@@ -383,7 +383,7 @@ def test_killed_and_continued(tmp_path):
 
 def test_a_second_signal_stops_at_once(tmp_path):
     flags = f"{COMMON} {TINY['pets']} --total-timesteps 100000 --random-steps 99000 --env-id own_task:Own-v0"
-    (tmp_path / "own_task.py").write_text(OWN.replace("bool(self.s[1] > 1)", "__import__('time').sleep(0.05) or False"))
+    (tmp_path / "own_task.py").write_text(OWN.replace("self.s[1] > 1, ", "__import__('time').sleep(0.05) or False, "))
     process = command(ROOT / "algos" / "pets.py", *flags.split(), "--run-dir", tmp_path / "run", cwd=tmp_path)
     while "run folder" not in process.stdout.readline():
         assert process.poll() is None
