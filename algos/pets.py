@@ -26,7 +26,7 @@ Symbols: B → members, P → particles, T → horizon, D → replay, f̃_θ = N
     TS1, TS∞, DS, MM, E → --propagation, D, P, DE, PE → --model.
 
 Usage (return: mean and 95 % interval over seeds; docs/pets.md has the curves):
-    python algos/pets.py                                    # return 180 [179, 180]
+    python algos/pets.py                                    # return 179 [177, 180]
     python algos/pets.py pendulum                           # 4.4 minutes, return −167 [−212, −126]
     python algos/pets.py cartpole --model D --optimizer random   # the paper's ablations
     python algos/pets.py --env-id my_module:MyEnv-v0        # any Gymnasium task: its reward and end are learned too
