@@ -236,7 +236,8 @@ class Agent(nn.Module):
         actions = (self.mean + noise).clamp(self.low, self.high)
         _, returns = self.imagine(s.expand(len(actions), -1), actions)
         # A model may overflow far from its data: such a candidate is the worst of all.
-        returns = torch.where(returns.mean(0).isfinite(), returns.mean(0), -1e30)
+        returns = returns.mean(0)
+        returns = torch.where(returns.isfinite(), returns, -1e30)
         # Eq. 2: μ_t = Σ_k e^{γ R_k} a_t^k / Σ_j e^{γ R_j}; softmax subtracts the largest R, so that nothing overflows
         weights = torch.softmax(self.args.gamma * returns, 0)
         self.mean = torch.einsum("k,kta->ta", weights, actions).clamp(self.low, self.high)  # for rounding

@@ -240,8 +240,8 @@ def test_a_run_stores_trains_and_updates_as_it_should(tmp_path, monkeypatch):
     calls, sample = [], dreamer.SequenceReplay.sample
     monkeypatch.setattr(dreamer, "draw_open_loop", lambda *_: dreamer.Figure())
     monkeypatch.setattr(dreamer.SequenceReplay, "sample", lambda *x: calls.append(len(x[0].starts)) or sample(*x))
-    flags = "--env-id FiveSteps-v0 --obs vector --action-repeat 1 --total-timesteps 40 --random-steps 12 --train-every 4 "
-    flags += "--updates 2 --pretrain 3 --batch-size 4 --batch-length 6 --horizon 3 --episodes 1 --device cpu"
+    flags = "--env-id FiveSteps-v0 --obs vector --action-repeat 1 --total-timesteps 40 --random-steps 12 "
+    flags += "--train-every 4 --updates 2 --pretrain 3 --batch-size 4 --batch-length 6 --horizon 3 --episodes 1"
     dreamer.main([*flags.split(), "--run-dir", str(tmp_path / "run")])
     # Training begins with the fourth episode, at step 15; the next rounds come at steps 16, 20, 24, ...
     assert calls == [4] * 3 + [n for n in (4, 5, 5, 6, 7, 8) for _ in range(2)]

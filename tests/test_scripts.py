@@ -211,21 +211,15 @@ def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         run(name, f"--env-id own_task:Broken{task} {vector}", tmp_path / "broken")
     assert exit.value.code == 2 and "NaN" in capsys.readouterr().err
-
-
-@with_replay
-def test_stored_rows_are_the_environments(name, tmp_path, monkeypatch):
-    (tmp_path / "own_task.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    after = run(name, "--env-id own_task:Own-v0 --total-timesteps 600", tmp_path / "run")
-    env = module(name).make_env(replace(module(name).Args(), env_id="own_task:Own-v0"))
-    replay = module(name).Replay(600, env, "cpu")
-    replay.load_state_dict(after["replay"])
-    data = replay.rows()
-    assert torch.equal(data.terminated[:, 0] > 0, data.s2[:, 1] > 1) and data.terminated.sum() > 0
-    same_episode = data.episode[1:, 0] == data.episode[:-1, 0]
-    assert torch.equal(data.s[1:][same_episode], data.s2[:-1][same_episode])
-    assert torch.equal(data.terminated[:-1, 0] > 0, ~same_episode)
+    if hasattr(module(name), "Replay"):
+        env = module(name).make_env(replace(module(name).Args(), env_id="own_task:Own-v0"))
+        replay = module(name).Replay(600, env, "cpu")
+        replay.load_state_dict(after["replay"])
+        data = replay.rows()
+        assert torch.equal(data.terminated[:, 0] > 0, data.s2[:, 1] > 1) and data.terminated.sum() > 0
+        same_episode = data.episode[1:, 0] == data.episode[:-1, 0]
+        assert torch.equal(data.s[1:][same_episode], data.s2[:-1][same_episode])
+        assert torch.equal(data.terminated[:-1, 0] > 0, ~same_episode)
 
 
 @with_replay
