@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 icm = module("icm")
 ARGS = icm.Args(envs=3, horizon=5, hidden=8, model_hidden=16, feature_size=6, device="cpu")
 gym.register("Maze7-v0", entry_point=partial(icm.Maze, size=7), max_episode_steps=12)
-gym.register("Noisy7-v0", entry_point=partial(icm.Maze, size=7, noisy=True), max_episode_steps=12)
 
 
 class Env(gym.Env):
@@ -59,12 +58,10 @@ def test_equations_2_to_6_row_by_row(features):
     assert torch.allclose(inverse_loss, expected, atol=1e-5) and torch.allclose(forward_loss, errors.mean(), atol=1e-4)
 
 
-@pytest.mark.parametrize(("changes", "by_inverse", "by_forward"), [
-    ({}, True, False), ({"joint": True}, True, True), ({"features": "random"}, False, False),
-])  # fmt: skip
-def test_what_trains_the_encoder(changes, by_inverse, by_forward):
+@pytest.mark.parametrize(("changes", "by"), [({}, (1, 0)), ({"joint": True}, (1, 1)), ({"features": "random"}, (0, 0))])
+def test_which_loss_trains_the_encoder(changes, by):
     (_, model, _), data = modules(**changes), batch()
-    for loss, expected in zip(model.losses(data.s, data.a, data.s2), (by_inverse, by_forward), strict=True):
+    for loss, expected in zip(model.losses(data.s, data.a, data.s2), by, strict=True):
         model.zero_grad()
         loss.backward(retain_graph=True)
         assert all((p.grad is not None and bool(p.grad.any())) == expected for p in model.encoder.parameters())
@@ -87,30 +84,20 @@ def test_networks_begin_as_cleanrls_and_images_get_the_papers_convolutions():
     assert agent.normalise(frames).std().item() == pytest.approx(1, abs=0.01)
 
 
-@settings(max_examples=30)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 99))
-def test_moments_are_those_of_all_rows(sizes, seed):
-    rng, moments = np.random.default_rng(seed), icm.Moments((2,))
-    rows = rng.normal(3, 2, (sum(sizes), 2))
-    for part in np.split(rows, np.cumsum(sizes)[:-1]):
-        moments.update(torch.from_numpy(part))
-    assert moments.mean.numpy() == pytest.approx(rows.mean(0), abs=1e-4)
-    assert moments.var.numpy() == pytest.approx(rows.var(0), abs=1e-4) and moments.count == sum(sizes)
-
-
 def test_what_the_agent_sees_has_unit_size_and_its_best_action_is_played():
     agent, _, _ = modules()
-    rows = np.random.default_rng(0).normal([5, -2, 0], [3, 0.1, 1], (1_000, 3))
-    agent.moments.update(torch.from_numpy(rows).float())
+    rows = np.random.default_rng(0).normal([5, -2, 0], [3, 0.1, 1], (100, 3))
+    for part in np.split(rows, [7, 8, 60]):
+        agent.moments.update(torch.from_numpy(part).float())
+    assert agent.moments.var.numpy() == pytest.approx(rows.var(0), rel=1e-4) and agent.moments.count == 100
     x = agent.normalise(rows)
-    assert torch.allclose(x.mean(0), torch.zeros(3), atol=1e-4) and torch.allclose(x.std(0), torch.ones(3), atol=1e-2)
+    assert torch.allclose(x.mean(0), torch.zeros(3), atol=1e-4) and torch.allclose(x.std(0), torch.ones(3), atol=0.02)
     assert agent.normalise(np.full((1, 3), 1e9)).max() == 10 and agent.normalise(np.full((1, 3), -1e9)).min() == -10
     assert [agent(row) for row in rows[:20]] == agent.actor(x[:20]).argmax(1).tolist()
 
 
 def test_rewards_are_divided_by_the_std_of_their_discounted_sums():
-    scale, rng = icm.RewardScale(replace(ARGS, gamma=0.9)), np.random.default_rng(0)
-    sums, seen = [0.0] * 3, []
+    scale, rng, sums, seen = icm.RewardScale(replace(ARGS, gamma=0.9)), np.random.default_rng(0), [0.0] * 3, []
     for _ in range(4):
         r, over = rng.normal(1, 2, (5, 3)), rng.random((5, 3)) < 0.3
         for t in range(5):
@@ -121,8 +108,8 @@ def test_rewards_are_divided_by_the_std_of_their_discounted_sums():
         found = scale(torch.from_numpy(r).float(), torch.from_numpy(over))
         assert found.numpy() == pytest.approx(r / np.std(seen), rel=1e-3)
     assert scale(torch.full((5, 3), 1e9), torch.zeros(5, 3, dtype=torch.bool)).max() <= 10
-    tiny, going = torch.tensor([[1e-9, -1e-9, 0]]), torch.zeros(1, 3, dtype=torch.bool)
-    assert icm.RewardScale(ARGS)(tiny, going).abs().max() < 1
+    tiny = torch.tensor([[1e-9, -1e-9, 0]])
+    assert icm.RewardScale(ARGS)(tiny, tiny > 1).abs().max() < 1
 
 
 @settings(max_examples=30)
@@ -183,8 +170,8 @@ def test_an_update_follows_the_gradients_of_both_losses(reward):
     assert ("losses/inverse" in metrics) == ("losses/forward" in metrics) == (reward == "both")
 
 
-@pytest.mark.parametrize("env_id", ["Maze7-v0", "Noisy7-v0", "CartPole-v1"])
-def test_steps_are_those_of_single_environments_and_resume_takes_them_again(env_id):
+@pytest.mark.parametrize("env_id", ["Maze7-v0", "CartPole-v1"])
+def test_steps_are_those_of_single_environments(env_id):
     torch.manual_seed(0)
     args = replace(ARGS, env_id=env_id)
     envs, copies = icm.Environments(args), [icm.make_env(args) for _ in range(3)]
@@ -204,15 +191,6 @@ def test_steps_are_those_of_single_environments_and_resume_takes_them_again(env_
     mean = envs.statistics()["episode"]
     assert [mean["r"], mean["l"]] == pytest.approx([np.mean([x[key] for x in finished]) for key in "rl"])
     assert envs.statistics() == {}
-    other = icm.Environments(args)
-    other.load_state_dict(envs.state_dict())
-    for _ in range(30):
-        assert np.array_equal(envs.obs, other.obs)
-        actions, state = torch.randint(2, (3,)).tolist(), torch.get_rng_state()
-        one = envs.step(actions)
-        torch.set_rng_state(state)
-        assert all(map(np.array_equal, one, other.step(actions)))
-    assert "Maze" not in env_id or np.array_equal(envs.visits, other.visits)
 
 
 def test_a_rollout_holds_what_policy_and_value_said():
