@@ -142,7 +142,7 @@ def linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 def make_encoder(shape: tuple[int, ...], hidden: int, size: int) -> tuple[nn.Module, int]:
     """The paper's four convolutions for an image, two layers for a vector or small image; and its number of outputs."""
     if len(shape) == 3 and min(shape[1:]) >= 32:
-        widths = shape[0], 32, 32, 32, 32
+        widths = shape[0], 32, 32, 32
         convolutions = [nn.Conv2d(widths[i], 32, 3, stride=2, padding=1) for i in range(4)]
         network = nn.Sequential(*(part for layer in convolutions for part in (layer, nn.ELU())), nn.Flatten())
         return network, network(torch.zeros(1, *shape)).shape[1]
