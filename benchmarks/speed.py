@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
 import dreamer_v1
 import dreamer_v2
 import dyna_q
+import gumbel_muzero
 import icm
 import mage
 import mbpo
@@ -362,60 +363,37 @@ def dreamer_rates(dreamer: ModuleType, rounds: int, compiled: bool = False) -> l
     return rows + [(name, "GFLOP/s", best[name] * count / 1e9) for name, count in flops.items()]
 
 
-# ── muzero: simulations ───────────────────────────────────────────────────────────────────────────────────────────
+# ── muzero and gumbel_muzero: simulations ─────────────────────────────────────────────────────────────────────────
 
 
-def muzero_rates(rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
-    """Simulations per second, the network's calls included, 50 for each root; the network's share of the time, the
-    rest is the tree's; and updates of CartPole's network."""
-    rows, few = [], min(rounds, 5)
-    tasks = {"CartPole-v1": {}, "ConnectFour-v0": {"channels": 64, "blocks": 1, "squash": False, "support": 1}}
-    for env_id, changes in tasks.items():
-        args = muzero.Args(env_id=env_id, simulations=50 if rounds > 1 else 5, **changes)
-        env = muzero.make_task(args)
-        planner = muzero.make_tree_planner(args, env, torch.device("cpu"))
-        obs, _ = env.reset(seed=0)
-        whole, spent = planner.dynamics, [0.0]
-
-        def timed(*inputs, whole=whole, spent=spent):
-            start = time.perf_counter()
-            found = whole(*inputs)
-            spent[0] += time.perf_counter() - start
-            return found
-
-        planner.dynamics = timed
-        for batch in (1, 8, 64, 256) if rounds > 1 else (1, 8):
-            roots, name = np.repeat(obs[None], batch, 0), f"{env_id}, {batch} roots"
-            call = functools.partial(planner.search, roots, True)
-            call()
-            tries = []
-            for _ in range(few):
-                spent[0], start = 0.0, time.perf_counter()
-                call()
-                seconds = time.perf_counter() - start
-                tries.append((seconds, spent[0] / seconds))
-            share = min(tries)[1]  # of the fastest
-            rate = best_rates({name: (call, batch * args.simulations)}, few)[name]
-            rows += [(name, "simulations/s", rate), (name, "% of it in the network", 100 * share)]
-    args = muzero.PRESETS["cartpole"][1]
-    planner = muzero.make_tree_planner(args, muzero.make_task(args), torch.device("cpu"))
-    network, B, K, A = planner.network, args.batch_size, args.unroll, 2
-    batch = muzero.Unrolled(
-        obs=torch.randn(B, 4), action=torch.randint(A, (B, K)), value=torch.rand(B, K + 1), reward=torch.ones(B, K),
-        policy=torch.full((B, K + 1, A), 1 / A), known=torch.ones(B, K + 1), moved=torch.ones(B, K + 1),
-        weight=torch.ones(B), later=torch.randn(K, B, 4),
+def search_rates(file: ModuleType, rounds: int, compiled: bool = False) -> list[tuple[str, str, float]]:
+    """Simulations per second, the network's calls included, and updates of the default preset."""
+    searches, updates = {}, {}
+    for preset in ("cartpole", "tictactoe"):
+        args = replace(file.PRESETS[preset][1], simulations=25 if rounds > 1 else 5, device="cpu")
+        env = file.make_env(args)
+        agent, (obs, _) = file.Agent(env, args), env.reset(seed=0)
+        for roots in (1, 16, 64, 256) if rounds > 1 else (1, 8):
+            call = functools.partial(file.search, agent, np.repeat(obs[None], roots, 0), noise=True)
+            searches[f"{args.env_id}, {roots} roots"] = call, roots * args.simulations
+    args = file.PRESETS["cartpole"][1]
+    agent, B, K, A = file.Agent(file.make_env(args), args), args.batch_size, args.unroll, 2
+    batch = file.Batch(
+        obs=torch.randn(B, 4), action=torch.randint(A, (B, K)), reward=torch.ones(B, K), value=torch.rand(B, K + 1),
+        policy=torch.full((B, K + 1, A), 1 / A), known=torch.ones(B, K + 1), alive=torch.ones(B, K + 1),
+        weight=torch.ones(B),
     )  # fmt: skip
-    optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, fused=True)
 
     def update(loss_of: Callable) -> None:
         optimizer.zero_grad()
-        loss_of(network, batch, args)[1].backward()
+        loss_of(agent, batch)[0].backward()
         optimizer.step()
 
-    updates = {}
     for more, on in kinds(compiled).items():
-        loss_of = torch.compile(muzero.muzero_loss) if on else muzero.muzero_loss
+        loss_of = torch.compile(file.muzero_loss) if on else file.muzero_loss
         updates[f"CartPole-v1, {B} positions, {K} steps{more}"] = functools.partial(update, loss_of), 1
+    rows = [(name, "simulations/s", rate) for name, rate in best_rates(searches, min(rounds, 5)).items()]
     return rows + [(name, "updates/s", rate) for name, rate in best_rates(updates, rounds).items()]
 
 
@@ -432,7 +410,8 @@ MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
     "icm": icm_rates,
     "dreamer_v1": functools.partial(dreamer_rates, dreamer_v1),
     "dreamer_v2": functools.partial(dreamer_rates, dreamer_v2),
-    "muzero": muzero_rates,
+    "muzero": functools.partial(search_rates, muzero),
+    "gumbel_muzero": functools.partial(search_rates, gumbel_muzero),
 }
 
 

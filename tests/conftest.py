@@ -15,5 +15,5 @@ def pytest_collection_modifyitems(items):
     """Each core takes whole scripts: their tests share runs, and all that runs wrote is gathered."""
     for item in items:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        if item.path.stem in ("test_scripts", "test_first_scripts"):
+        if item.path.stem == "test_scripts":
             item.add_marker(pytest.mark.xdist_group(name or item.path.stem))

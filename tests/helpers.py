@@ -1,30 +1,59 @@
-"""Run a script as a user would, and read what it left."""
+"""Load a script, run it as a user would, and read what it left."""
 
+import ast
+import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
-import house
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAN = sorted(house.LEAN & {path.stem for path in (ROOT / "algos").glob("*.py")})
+NAMES = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+TAG = re.compile(r"(?:charts|eval|losses|model|time)/[\w*]+")
 CLOCK_TAGS = ("time/", "charts/SPS")  # what depends on the clock and not on the seed
 
 
+def load(path: Path):
+    """A script as a module; the same module each time."""
+    name = f"{path.stem}_{abs(hash(path))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def module(name: str):
-    return house.load(ROOT / "algos" / f"{name}.py")
+    return load(ROOT / "algos" / f"{name}.py")
 
 
-def run(name: str, flags: str, run_dir: Path | None = None) -> Path:
-    """In this process."""
-    argv = [*flags.split(), "--no-progress", *(["--run-dir", str(run_dir)] if run_dir else [])]
-    module(name).main(argv)
-    return run_dir
+def header(path: Path) -> dict:
+    """The PEP 723 block."""
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", path.read_text())
+    return tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.M))
+
+
+def requirements() -> dict[str, str]:
+    """Package → its line in requirements.txt, without the comment."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    return {re.match(r"[\w-]+", line)[0]: line for line in lines if line}
+
+
+def tags_in(path: Path) -> set[str]:
+    """The TensorBoard tags that a script can write, with a * for what an f-string fills in."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    strings = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in strings for part in node.values}
+    tags = {"".join(x.value if isinstance(x, ast.Constant) else "*" for x in node.values) for node in strings}
+    tags |= {x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str) and id(x) not in parts}
+    return {tag for tag in tags if TAG.fullmatch(tag)}
 
 
 def command(name: str, *flags: object, cwd: Path | None = None, script: Path | None = None) -> subprocess.Popen:
@@ -58,8 +87,10 @@ def checkpoint(run_dir: Path) -> dict:
 
 
 def tags_on_page(name: str) -> set[str]:
-    """The tags that a file's page explains."""
-    return house.tags_on(ROOT / "docs" / f"{name}.md")
+    """The tags that a file's page explains: the first cell of each row of its table of metrics."""
+    section = (ROOT / "docs" / f"{name}.md").read_text().split("## Logged metrics")[-1].split("\n## ")[0]
+    cells = re.findall(r"^\|([^|]+)\|", section, flags=re.M)
+    return {tag for cell in cells for tag in re.findall(r"`([^`]+)`", cell) if TAG.fullmatch(tag)}
 
 
 def leaves(tree: object, path: str = "") -> dict[str, object]:

@@ -5,12 +5,11 @@ import importlib.util
 import shutil
 
 import helpers
-import house
 import numpy as np
 import pytest
 
-report = house.load(helpers.ROOT / "benchmarks" / "report.py")
-runner = house.load(helpers.ROOT / "benchmarks" / "run.py")
+report = helpers.load(helpers.ROOT / "benchmarks" / "report.py")
+runner = helpers.load(helpers.ROOT / "benchmarks" / "run.py")
 with_scipy = pytest.mark.skipif(
     importlib.util.find_spec("scipy") is None, reason="pip install -r benchmarks/requirements.txt"
 )
@@ -230,7 +229,7 @@ def test_every_line_of_the_table_can_be_run(tmp_path):
             for run in runner.parse(line, tmp_path)]  # fmt: skip
     assert {run.name for run in runs} == {path.stem for path in (helpers.ROOT / "algos").glob("*.py")}
     for name, flags in {(run.name, run.flags) for run in runs}:
-        script = house.load(helpers.ROOT / "algos" / f"{name}.py")
+        script = helpers.load(helpers.ROOT / "algos" / f"{name}.py")
         args = script.parse_args(flags.split())
         assert args.total_timesteps > 0
 

@@ -8,10 +8,9 @@ import sys
 import time
 
 import helpers
-import house
 import pytest
 
-runner = house.load(helpers.ROOT / "benchmarks" / "run.py")
+runner = helpers.load(helpers.ROOT / "benchmarks" / "run.py")
 # A checkpoint waits for the end of an episode no longer than it is late already: the first one takes 343 steps
 LINE = "dyna_q maze --total-timesteps 10000 --eval-every 1000 --checkpoint-every 500 --planning-steps 50"
 

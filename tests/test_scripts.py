@@ -1,4 +1,4 @@
-"""What every script promises its user. The files of the first edition have test_first_scripts.py."""
+"""What every script promises its user."""
 
 import errno
 import itertools
@@ -16,13 +16,15 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import LEAN, ROOT, differences, leaves, module, scalars, tags_on_page
+from helpers import NAMES, ROOT, differences, leaves, module, scalars, tags_on_page
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 # Pendulum's episodes have 200 steps; losses must be written and every optimiser must step within 400.
 PLANNER = "--random-steps 200 --refit-every 100 --epochs 1 --candidates 10 --horizon 4 --hidden 16"
+SEARCH = "--env-id CartPole-v1 --envs 4 --round-moves 50 --simulations 3 --n-steps 3 --learning-starts 50 --train-every 10 "
+SEARCH += "--batch-size 16 --hidden 16 --latent 8 --channels 4 --blocks 1 --copy-every 5 --replay-size 300"
 TINY = {
     "pets": f"{PLANNER} --elites 3 --iterations 1",
     "mpc_rs": PLANNER,
@@ -38,11 +40,17 @@ TINY = {
     "--horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --free-nats 0 --ends",
     "dreamer_v2": "--random-steps 200 --train-every 40 --pretrain 2 --batch-size 4 --horizon 3 --deter-size 8 "
     "--stoch-size 3 --classes 4 --units 8 --depth 2 --dense-units 8 --reinforce-share 0.5 --slow-every 5",
+    # Four games of 50 moves.
+    "muzero": SEARCH,
+    "gumbel_muzero": f"{SEARCH} --considered 2",
     "dyna_q": "--env-id Taxi-v4 --planning-steps 5 --epsilon 0.8",  # nobody arrives within its 200 steps
 }
 COMMON = "--env-id Pendulum-v1 --total-timesteps 800 --eval-every 400 --episodes 1 --picture-every 400"
-every_file = pytest.mark.parametrize("name", LEAN)
-with_replay = pytest.mark.parametrize("name", [name for name in LEAN if hasattr(module(name), "Replay")])
+SHORT = {"vin", "dyna_q", "muzero", "gumbel_muzero"}  # whose episodes may be
+TOGETHER = {"icm", "muzero", "gumbel_muzero"}  # which take 200 steps at once
+every_file = pytest.mark.parametrize("name", NAMES)
+TRANSITIONS = [name for name in NAMES if hasattr(module(name), "Replay") and name not in TOGETHER]
+with_replay = pytest.mark.parametrize("name", TRANSITIONS)
 
 
 def run(name, flags, run_dir):
@@ -103,7 +111,7 @@ def test_runs_alone_in_an_empty_folder(name, tmp_path):
     assert f"{name}.py --evaluate runs/{run_dir.name}" in lines[-1]
     assert "steps/s" not in err  # no progress bar where there is no terminal
     with Image.open(next(run_dir.glob("video_*.gif"))) as video:
-        at_least = 100 if name not in ("vin", "dyna_q") else 1  # whose episodes may be short
+        at_least = 1 if name in SHORT else 100
         assert video.n_frames >= at_least and len(video.convert("RGB").getcolors(1_000_000)) > 1
     with Image.open(run_dir / "picture.png") as picture:
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
@@ -198,12 +206,12 @@ for name, task in (("Own", Env), ("Choice", Choice)):
 """
 
 
-@pytest.mark.parametrize("name", [name for name in LEAN if name not in ("vin", "dyna_q")])  # which need states or mazes
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("vin", "dyna_q")])  # which need states or mazes
 def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     """Reward and termination are learned, an endless task gets a time limit, and NaN ends in one sentence."""
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    task = "Choice-v0" if name in ("icm", "dreamer_v2") else "Own-v0"
+    task = "Choice-v0" if name in TOGETHER | {"dreamer_v2"} else "Own-v0"
     vector = "--obs vector" if "dreamer" in name else ""
     with pytest.warns(UserWarning, match="no time limit"):
         after = run(name, f"--env-id own_task:{task} --total-timesteps 600 {vector}", tmp_path / "run")
@@ -211,7 +219,7 @@ def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         run(name, f"--env-id own_task:Broken{task} {vector}", tmp_path / "broken")
     assert exit.value.code == 2 and "NaN" in capsys.readouterr().err
-    if hasattr(module(name), "Replay"):
+    if name in TRANSITIONS:
         env = module(name).make_env(replace(module(name).Args(), env_id="own_task:Own-v0"))
         replay = module(name).Replay(600, env, "cpu")
         replay.load_state_dict(after["replay"])
@@ -231,7 +239,7 @@ def test_a_time_limit_is_not_a_terminal_state(name, whole):
     assert replay.rows().episode[:, 0].unique().tolist() == [0, 200, 400, 600]
 
 
-@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in LEAN for preset in module(name).PRESETS])
+@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in NAMES for preset in module(name).PRESETS])
 def test_every_preset_starts(name, preset, tmp_path):
     args = module(name).PRESETS[preset][1]
     if args.env_id.startswith("ControlSuite/"):
@@ -241,13 +249,13 @@ def test_every_preset_starts(name, preset, tmp_path):
     words += f" --env-id {args.env_id}" if own else " --random-steps 60"
     words += " --layers 2 --weight-decay 1e-4 1e-4 1e-4" if name == "pets" else ""
     module(name).main([*words.split(), "--run-dir", str(tmp_path / "run")])
-    whole = 200 if name == "icm" else getattr(args, "action_repeat", 1)  # steps that are taken together
+    whole = 200 if name in TOGETHER else getattr(args, "action_repeat", 1)
     assert checkpoint(tmp_path / "run")["step"] == -(-130 // whole) * whole
 
 
 @given(st.data())
 def test_a_number_out_of_range_is_refused_by_its_flag(data):
-    args = module(data.draw(st.sampled_from(LEAN))).Args()
+    args = module(data.draw(st.sampled_from(NAMES))).Args()
     numbers = [field.name for field in fields(args) if type(getattr(args, field.name)) in (int, float)]
     name = data.draw(st.sampled_from(numbers))
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
