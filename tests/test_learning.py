@@ -66,6 +66,20 @@ def test_vin_learns_to_plan_in_unseen_mazes(tmp_path):
 
 
 @pytest.mark.learning
+@pytest.mark.parametrize("name", ["muzero", "gumbel_muzero"])
+def test_a_search_in_a_learned_model_balances_a_pole(name, tmp_path):
+    """The best return is 500. The first run ends before the first update."""
+    scores = []
+    for run_dir, steps in ((tmp_path / "untrained", 800), (tmp_path / "trained", 4_000)):
+        words = f"cartpole --total-timesteps {steps} --eval-every 100000 --episodes 10 --run-dir".split()
+        module(name).main([*words, str(run_dir)])
+        (score,) = scalars(run_dir)["eval/episodic_return"].values()
+        scores.append(score)
+    untrained, trained = scores
+    assert trained > 120 and untrained < 40, scores
+
+
+@pytest.mark.learning
 @pytest.mark.parametrize(("flags", "budget", "shortest"), [("", 3_000, 14), ("--planner prioritized", 2_000, 14)])
 def test_dyna_q_finds_the_shortest_path_and_the_same_steps_without_planning_do_not(flags, budget, shortest, tmp_path):
     lengths = {}
