@@ -24,7 +24,7 @@ from PIL import Image
 # Pendulum's episodes have 200 steps; losses must be written and every optimiser must step within 400.
 PLANNER = "--random-steps 200 --refit-every 100 --epochs 1 --candidates 10 --horizon 4 --hidden 16"
 SEARCH = "--env-id CartPole-v1 --envs 4 --round-moves 50 --simulations 3 --n-steps 3 --learning-starts 50 "
-SEARCH += "--train-every 10 --batch-size 16 --hidden 16 --latent 8 --channels 4 --blocks 1 --copy-every 5 --replay-size 300"
+SEARCH += "--train-every 10 --batch-size 16 --hidden 16 --latent 8 --channels 4 --blocks 1 --replay-size 300"
 TINY = {
     "pets": f"{PLANNER} --elites 3 --iterations 1",
     "mpc_rs": PLANNER,
