@@ -1,53 +1,38 @@
-"""The search of algos/muzero.py beside DeepMind's mctx, on one network with the same weights.
+"""The speed of the searches of muzero.py and gumbel_muzero.py beside mctx, on one network with the same weights.
 
-    pip install mctx
-    python benchmarks/muzero_mctx.py --threads 1
+    pip install jax mctx
+    taskset -c 0 python benchmarks/muzero_mctx.py
 
-mctx is JAX, compiled as a whole; compiling is not counted. Both search 50 simulations from the same roots; the rate
-counts simulations of all roots together, the network included. Beside them the network's calls alone, as PyTorch makes
-them and with torch.compile: no tree around them could be faster.
+mctx is JAX, and is compiled with the network as a whole; the time of compiling is not counted. A rate is the number of
+simulations of all roots per second, the network included.
 """
 
 import os
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import mctx
 import numpy as np
 import torch
 import tyro
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "algos"))
-import muzero  # noqa: E402
+from figure_runs import load
 
 
 @dataclass
 class Args:
-    threads: int = torch.get_num_threads()
-    """Of torch; XLA takes those that the system gives it: `taskset -c 0` for one."""
-    simulations: int = 50
-    """Of each search."""
-    rounds: int = 10
-    """Rounds, one after the other; the best counts."""
-    batches: tuple[int, ...] = (1, 8, 64, 256)
-    """Roots at a time."""
+    simulations: int = 50  # simulations per search
+    rounds: int = 10  # searches of each kind, taken in turns; the fastest counts
+    roots: tuple[int, ...] = (16, 64, 256)  # roots that are searched at the same time
 
 
-def networks(args: muzero.Args, planner: muzero.TreePlanner):
-    """The dense network as a function of JAX: (recurrent_fn, root_fn)."""
-    import jax
-    import jax.numpy as jnp
-    import mctx
+def compiled_search(agent: torch.nn.Module, policy):
+    """mctx's search with the dense network of the agent."""
+    weights = {name: jnp.asarray(p.detach().numpy()) for name, p in agent.named_parameters()}
+    numbers = jnp.arange(-agent.args.support, agent.args.support + 1.0)
 
-    net, gamma, support = planner.network, planner.setting.gamma, args.support
-    weights = {name: jnp.asarray(p.detach().numpy()) for name, p in net.named_parameters()}
-    mean, std = jnp.asarray(net.input_mean.numpy()), jnp.asarray(net.input_std.numpy())
-    numbers = jnp.arange(-support, support + 1.0)
-
-    def perceptron(name: str, x):
+    def dense(name, x):
         x = jax.nn.elu(x @ weights[f"{name}.0.weight"].T + weights[f"{name}.0.bias"])
         return x @ weights[f"{name}.2.weight"].T + weights[f"{name}.2.bias"]
 
@@ -55,96 +40,56 @@ def networks(args: muzero.Args, planner: muzero.TreePlanner):
         low, high = s.min(1, keepdims=True), s.max(1, keepdims=True)
         return (s - low) / jnp.maximum(high - low, 1e-5)
 
-    def number(logits):
+    def scalar(logits):
         y = (jax.nn.softmax(logits) * numbers).sum(-1)
-        if not args.squash:
-            return y
         c = jnp.abs(y) + 1 + 1e-3
         return jnp.sign(y) * (jnp.square(2 * c / (jnp.sqrt(1 + 4e-3 * c) + 1)) - 1)
 
     def prediction(s):
-        policy, value, reward = jnp.split(perceptron("heads", s), np.cumsum(net.outputs)[:2], axis=-1)
-        return policy, number(value), number(reward)
+        policy, value, reward = jnp.split(dense("heads", s), np.cumsum(agent.outputs)[:2], axis=-1)
+        return policy, scalar(value), scalar(reward)
 
     def recurrent(_, key, action, s):
-        s = to_unit(s + perceptron("step", jnp.concatenate([s, jax.nn.one_hot(action, net.outputs[0])], 1)))
-        policy, value, reward = prediction(s)
-        return mctx.RecurrentFnOutput(
-            reward=reward, discount=jnp.full_like(reward, gamma), prior_logits=policy, value=value
-        ), s
-
-    def root(obs):
-        s = to_unit(perceptron("eyes", (obs - mean) / std))
-        policy, value, _ = prediction(s)
-        return mctx.RootFnOutput(prior_logits=policy, value=value, embedding=s)
-
-    return recurrent, root
-
-
-def searches(args: muzero.Args, planner: muzero.TreePlanner) -> dict:
-    """Name → what searches from observations [B, ...]; mctx's give their numbers as NumPy arrays too."""
-    import jax
-    import mctx
-
-    recurrent, root = networks(args, planner)
-    policies = {"gumbel": mctx.gumbel_muzero_policy, "puct": mctx.muzero_policy}
-    policy, key = policies[args.search], jax.random.PRNGKey(0)
+        s = to_unit(s + dense("step", jnp.concatenate([s, jax.nn.one_hot(action, agent.actions)], 1)))
+        prior, value, reward = prediction(s)
+        discount = jnp.full_like(reward, agent.gamma)
+        return mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=prior, value=value), s
 
     @jax.jit
-    def search(obs, key):
-        found = policy((), key, root(obs), recurrent, args.simulations)
-        return found.action, found.action_weights
+    def search(obs):
+        s = to_unit(dense("encoder", obs))
+        prior, value, _ = prediction(s)
+        root = mctx.RootFnOutput(prior_logits=prior, value=value, embedding=s)
+        found = policy((), jax.random.PRNGKey(0), root, recurrent, agent.args.simulations)
+        return found.action_weights, found.search_tree.node_values[:, 0]
 
-    def calls(dynamics: Callable) -> Callable:
-        @torch.inference_mode()
-        def call(obs: np.ndarray) -> None:
-            hidden = planner.network.representation(torch.from_numpy(obs))
-            for i in range(args.simulations):
-                hidden, *_ = dynamics(hidden, torch.full((len(obs),), i % 2))
-
-        return call
-
-    return {
-        "muzero.py": lambda obs: planner.search(obs, noise=True),
-        "mctx": lambda obs: [np.asarray(x) for x in search(obs, key)],
-        "network alone": calls(planner.dynamics),
-        "network alone, compiled": calls(torch.compile(planner.dynamics)),
-    }
+    return lambda obs: [np.asarray(x) for x in search(obs)]
 
 
 def main(args: Args) -> None:
-    try:
-        import mctx  # noqa: F401
-    except ImportError:
-        print("muzero_mctx.py: mctx is not installed: pip install mctx", file=sys.stderr)
-        raise SystemExit(2) from None
-    torch.set_num_threads(args.threads)
-    print(f"{os.cpu_count()} cores, torch with {args.threads} threads, {args.simulations} simulations a search\n")
-    print("| search | roots | muzero.py, simulations/s | mctx | ratio | our network alone | compiled |")
-    print("|-|-|-|-|-|-|-|")
-    for search in ("gumbel", "puct"):
-        settings = muzero.Args(search=search, simulations=args.simulations)
-        env = muzero.make_task(settings)
+    print(f"{os.cpu_count()} cores, torch with {torch.get_num_threads()} threads, {args.simulations} simulations\n")
+    print("| search | roots | ours, simulations/s | mctx | ratio |\n|-|-|-|-|-|")
+    for name, policy in (("muzero", mctx.muzero_policy), ("gumbel_muzero", mctx.gumbel_muzero_policy)):
         torch.manual_seed(0)
-        planner = muzero.make_tree_planner(settings, env, torch.device("cpu"))
-        with torch.no_grad():
-            for p in planner.network.heads[-1].parameters():
-                p.normal_(std=0.3)  # a network that has opinions
-        calls = searches(settings, planner)
-        for batch in args.batches:
-            obs = np.random.default_rng(0).normal(size=(batch, 4)).astype(np.float32)
-            best = dict.fromkeys(calls, np.inf)
-            for search_once in calls.values():
-                search_once(obs)  # compiles
+        module = load(name)
+        settings = module.Args(simulations=args.simulations, device="cpu")
+        agent = module.Agent(module.make_env(settings), settings)
+        for p in agent.heads[-1].parameters():
+            torch.nn.init.normal_(p, std=0.3)  # a network with opinions searches deeper
+        calls = [lambda obs, search=module.search, agent=agent: search(agent, obs, noise=True)]
+        calls.append(compiled_search(agent, policy))
+        for roots in args.roots:
+            obs, best = torch.randn(roots, 4).numpy(), [np.inf, np.inf]
+            for call in calls:
+                call(obs)  # compiles
             for _ in range(args.rounds):
-                for name, search_once in calls.items():
+                for i, call in enumerate(calls):
                     start = time.perf_counter()
-                    search_once(obs)
-                    best[name] = min(best[name], time.perf_counter() - start)
-            ours, theirs, *alone = (batch * args.simulations / seconds for seconds in best.values())
-            cells = [f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}", *(f"{rate:,.0f}" for rate in alone)]
-            print(f"| {search} | {batch} | {' | '.join(cells)} |", flush=True)
+                    call(obs)
+                    best[i] = min(best[i], time.perf_counter() - start)
+            ours, theirs = (roots * args.simulations / seconds for seconds in best)
+            print(f"| {name} | {roots} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0]))
+    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))

@@ -1,18 +1,20 @@
 """The benchmarks still run, and what they compute is right."""
 
 import csv
+import itertools
 import json
 import math
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import helpers
-import house
 import numpy as np
 import pytest
 import torch
 
-figures = house.load(helpers.ROOT / "benchmarks" / "dyna_q_figures.py")
-speed = house.load(helpers.ROOT / "benchmarks" / "speed.py")
+figures = helpers.load(helpers.ROOT / "benchmarks" / "dyna_q_figures.py")
+speed = helpers.load(helpers.ROOT / "benchmarks" / "speed.py")
 
 
 def test_speed_prints_a_row_for_each_variant(tmp_path, capsys):
@@ -98,7 +100,7 @@ def test_interval_is_the_bootstraps():
 
 def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     """Also where a flag is a path, or has a point in it."""
-    runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
+    runner = helpers.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(runner, "train", lambda run, to_stop: run.finished.write_text("{}"))
     all_flags = ("maze8 --data /a/b-c.npz", "maze8 --beta 0.1", "maze8 --beta 0.2", "a --model D", "a --model E")
@@ -111,7 +113,7 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.mark.learning  # they train
 def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
     """And so does Ctrl-C: what was stopped goes on, what had not begun is not begun."""
-    runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
+    runner = helpers.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
     long = "maze --total-timesteps 1000000 --eval-every 1000000 --picture-every 1000000"
     variants = {"long": long, "wrong": "maze --gamma 7", "later": "shortcut"}
     with pytest.raises(Exception, match="--gamma"):
@@ -122,7 +124,7 @@ def test_a_failed_run_stops_the_others_at_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
-    runner = house.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
+    runner = helpers.load(helpers.ROOT / "benchmarks" / "figure_runs.py")
     for name, seconds, resumed in (("a", 60, False), ("b", 240, False), ("c", 6_000, True)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"seconds": seconds, "resumed": resumed}))
     assert runner.minutes([tmp_path / name for name in "abc"]) == "2.5"
@@ -131,7 +133,7 @@ def test_minutes_are_those_of_runs_that_were_never_stopped(tmp_path):
 
 @pytest.mark.learning  # they train
 def test_the_networks_figures_come_from_finished_runs(tmp_path, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "vin_figures.py")
+    runner = helpers.load(helpers.ROOT / "benchmarks" / "vin_figures.py")
     short = "maze8 --total-timesteps 20 --mazes 40 --test-mazes 10 --batch-mazes 4 --episodes 1"
     runner.main(runner.Args("controls", seeds=2, flags=short))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| FCN |", "| CNN |"))]
@@ -148,7 +150,7 @@ def test_the_networks_figures_come_from_finished_runs(tmp_path, capsys):
 
 def test_the_reactive_networks_are_the_papers():
     """The FCN is a convolution that spans the maze; the CNN sees the agent as a channel."""
-    runner = house.load(helpers.ROOT / "benchmarks" / "vin_figures.py")
+    runner = helpers.load(helpers.ROOT / "benchmarks" / "vin_figures.py")
     vin, F = runner.vin, torch.nn.functional
     env = vin.make_env(vin.Args())
     mazes = vin.label(*env.unwrapped.sample(3, False), 7)
@@ -169,7 +171,7 @@ def test_the_reactive_networks_are_the_papers():
 
 @pytest.mark.learning  # they train
 def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "icm_figures.py")
+    runner = helpers.load(helpers.ROOT / "benchmarks" / "icm_figures.py")
     short = "maze --envs 4 --horizon 25 --total-timesteps 800 --eval-every 400 --hidden 8 --model-hidden 8"
     writes_into(tmp_path, runner, monkeypatch)
     monkeypatch.setitem(runner.EXPERIMENTS, "maze", {"ICM": short, "PPO alone": f"{short} --reward extrinsic"})
@@ -185,42 +187,52 @@ def test_the_curious_figures_come_from_finished_runs(tmp_path, monkeypatch, caps
     assert runner.first_success([(10, 0.0), (20, 0.5), (30, 0.1)], 0) == "20"
 
 
-@pytest.mark.learning  # they train
-def test_the_boards_figures_come_from_finished_runs(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "muzero_figures.py")
-    short = "tictactoe --total-timesteps 2000 --envs 16 --simulations 9 --channels 8 --hidden 32 --batch-size 32"
-    variants = {"board": f"{short} --eval-every 1000 --eval-episodes 10 --picture-every 0"}
-    monkeypatch.setitem(runner.EXPERIMENTS, "tictactoe", (variants, 1))
-    monkeypatch.setattr(runner, "GAMES", 30)
-    writes_into(tmp_path, runner, monkeypatch)
-    runner.main(runner.Args(name="tictactoe", runs=tmp_path / "runs", workers=1, first_seed=5))
-    made, table = (tmp_path / "benchmarks/results/muzero_tictactoe.csv").read_text(), capsys.readouterr().out
-    for opponent in ("random", "one-ply", "perfect"):
-        counts = [int(row.split(",")[4]) for row in made.splitlines() if f"after/{opponent}/" in row]
-        assert len(counts) == 6 and sum(counts) == 30
-    assert "board,5,positions/all,0,4520\n" in made and "| all | 5 | 4,520 |" in table  # as the game has
-    wrong = [int(row.split(",")[4]) for row in made.splitlines() if ",wrong/" in row]
-    assert len(wrong) == 3 and wrong[0] > 500 and wrong[1] > 0  # it has hardly learned
-    assert "after/perfect/first/won,0,0\n" in made and "after/perfect/second/won,0,0\n" in made
-    assert (tmp_path / "docs/figures/muzero_tictactoe.png").stat().st_size > 5_000
+def test_minimax_wins_prevents_a_win_and_plays_perfectly():
+    boards = helpers.load(helpers.ROOT / "benchmarks" / "muzero_figures.py")
+    muzero = boards.load("gumbel_muzero")
+    game, one, two = muzero.ConnectFour(), *(boards.Minimax(muzero.ConnectFour(), depth) for depth in (1, 2))
+    game.opponent = None
+    stones, _ = game.reset()
+    for action in (0, 6, 0, 6, 0):
+        assert one.best(stones) == two.best(stones) == [*range(7)]
+        stones, *_ = game.step(action)
+    assert one.best(stones) == [*range(7)] and two.best(stones) == [0]
+    assert one.best(game.step(6)[0]) == [0]
+
+    agent, perfect = SimpleNamespace(args=muzero.BOARD), boards.Minimax(muzero.TicTacToe(), math.inf)
+
+    def search(_, obs):
+        moves = np.array([perfect(stones) for stones in obs])
+        return SimpleNamespace(prior=np.eye(9)[moves], visits=np.eye(9)[moves])
+
+    player = SimpleNamespace(make_env=muzero.make_env, search=search)
+    assert boards.play(player, agent, perfect, 20).tolist() == [[0, 10, 0], [0, 10, 0]]
+    (won, _, lost), (won_second, _, lost_second) = boards.play(player, agent, None, 100)
+    assert won > 35 and 15 < won_second < won and lost == lost_second == 0
+    count, shares = boards.mistakes(player, agent, perfect)
+    assert count == 4_520 and shares == [pytest.approx(0.4203, abs=1e-4), 0, 0]  # the game has so many positions
 
 
-@pytest.mark.learning  # they train
-def test_the_map_of_the_track_shows_the_networks_values(tmp_path, monkeypatch, capsys):
-    runner = house.load(helpers.ROOT / "benchmarks" / "muzero_figures.py")
-    short = "cartpole --total-timesteps 1200 --simulations 2 --hidden 16 --eval-every 600 --eval-episodes 2"
-    monkeypatch.setitem(runner.EXPERIMENTS, "cartpole", ({"MuZero": short}, 1))
-    writes_into(tmp_path, runner, monkeypatch)
-    runner.main(runner.Args(name="cartpole", runs=tmp_path / "runs", workers=1, first_seed=5))
-    made, table = (tmp_path / "benchmarks/results/muzero_cartpole.csv").read_text(), capsys.readouterr().out
-    folder = next(path for path in (tmp_path / "runs").glob("*__5") if path.is_dir())
-    _, _, planner = runner.loaded(folder)
-    left, right, middle = planner.values(np.array([[-2.4, -1, 0, 0], [2.4, 1, 0, 0], [0, 0, 0, 0]], np.float32))
-    assert len({f"{y:.1f}" for y in (left, right, middle)}) == 3
-    for where, value in (("left", left), ("right", right), ("middle", middle)):
-        assert f"MuZero,5,value/{where},0,{value:.2f}\n" in made
-    assert f"| 5 | {left:.0f} | {right:.0f} | {middle:.0f} |" in table
-    assert (tmp_path / "docs/figures/muzero_track.png").stat().st_size > 5_000
+def test_boards_are_measured_from_run_folders(tmp_path, capsys):
+    boards, folders = helpers.load(helpers.ROOT / "benchmarks" / "muzero_figures.py"), []
+    for name, preset in (("muzero", "tictactoe"), ("gumbel_muzero", "connect4")):
+        muzero = boards.load(name)
+        args = replace(muzero.PRESETS[preset][1], simulations=2, channels=2, hidden=2, device="cpu")
+        agent = muzero.Agent(muzero.make_env(args), args)
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        state = {"algorithm": name, "args": asdict(args), "agent": agent.state_dict()}
+        torch.save(state, folders[-1] / "checkpoint.pt")
+    boards.main(boards.Args(tuple(folders), games=6, save=True, out=tmp_path))
+    table, text = capsys.readouterr().out, (tmp_path / "benchmarks/results/muzero_boards.csv").read_text()
+    rows = [line.split(",") for line in text.splitlines()[1:]]
+    for run, opponents in (("muzero", ("random", "perfect")), ("gumbel_muzero", ("random", "minimax 2"))):
+        for name, side in itertools.product(opponents, ("agent", "opponent")):
+            counts = [x for folder, tag, x in rows if folder == run and tag.startswith(f"{name}/{side} begins/")]
+            assert sum(map(int, counts)) == 3 and f"| {name} | {side} | {' | '.join(counts)} |" in table
+    assert "muzero,mistakes/random moves,0.42035\n" in text and "\ngumbel_muzero,mistakes" not in text
+    with pytest.raises(SystemExit):
+        boards.main(boards.Args(()))
 
 
 def writes_into(folder, runner, monkeypatch):
