@@ -231,6 +231,9 @@ def test_games_are_those_of_single_environments_and_continue_exactly(mz):
     envs.envs[1].step = lambda _: (obs[1], math.nan, False, False, {})
     with pytest.raises(mz.UserError, match="NaN"):
         envs.step(actions)
+    for env_id, words in (("Pendulum-v1", "Discrete"), ("FrozenLake-v1", "vectors or images")):
+        with pytest.raises(mz.UserError, match=words):
+            mz.make_task(make_args(mz, env_id=env_id))
 
 
 @both
