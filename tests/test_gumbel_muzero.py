@@ -179,7 +179,7 @@ def test_connect_four_is_that_of_slow_rules():
         while not over:
             own, other, a = obs[0].copy(), obs[1], int(rng.integers(7))
             free = [row for row in range(6) if not obs[:, row, a].any()]
-            assert env.legal(obs[None])[0, a] == bool(free)
+            assert env.legal(obs[None])[0, a] == bool(free) and env.observation_space.contains(obs)
             obs, r, over, *_ = env.step(a)
             if free:
                 own[max(free), a] = 1

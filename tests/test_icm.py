@@ -96,6 +96,8 @@ def test_what_the_agent_sees_has_unit_size_and_its_best_action_is_played():
     assert torch.allclose(x.mean(0), torch.zeros(3), atol=1e-4) and torch.allclose(x.std(0), torch.ones(3), atol=0.02)
     assert agent.normalise(np.full((1, 3), 1e9)).max() == 10 and agent.normalise(np.full((1, 3), -1e9)).min() == -10
     assert [agent(row) for row in rows[:20]] == agent.actor(x[:20]).argmax(1).tolist()
+    agent.moments.mean[2] = agent.moments.var[2] = 0
+    assert agent.normalise(np.full((1, 3), 3e-4))[0, 2].item() == pytest.approx(3, rel=1e-2)
 
 
 def test_rewards_are_divided_by_the_std_of_their_discounted_sums():
@@ -250,11 +252,16 @@ def test_the_mazes_rewards_windows_and_noise():
 
 @pytest.mark.parametrize("reward", ["both", "intrinsic"])
 def test_a_run_counts_scales_and_updates_as_it_should(reward, tmp_path, monkeypatch):
-    calls, logged, update = [], {}, icm.update
+    calls, logged, update, scaled, sums, gae = [], {}, icm.update, [], [], icm.gae
+    forward, weights = icm.RewardScale.forward, " --extrinsic-weight 2 --intrinsic-weight 3"
+    monkeypatch.setattr(icm.RewardScale, "forward", lambda *x: scaled.append(forward(*x)) or scaled[-1])
+    monkeypatch.setattr(icm, "gae", lambda *x: sums.append(x[0]) or gae(*x))
     monkeypatch.setattr(icm, "update", lambda *x: calls.append((x[2].param_groups[0]["lr"], len(x[4]))) or update(*x))
     monkeypatch.setattr(icm.Run, "log", lambda run, tag, x: logged.setdefault(tag, {}).setdefault(run.step, float(x)))
     flags = "--env-id Maze7-v0 --envs 4 --horizon 25 --total-timesteps 300 --epochs 2 --minibatches 5 --hidden 8"
-    icm.main([*flags.split(), "--reward", reward, "--episodes", "1", "--run-dir", str(tmp_path / "run")])
+    icm.main([*(flags + weights).split(), "--reward", reward, "--episodes", "1", "--run-dir", str(tmp_path / "run")])
+    for r, outer, inner in zip(sums, scaled[::2], scaled[1::2], strict=True):
+        assert torch.allclose(r, 2 * outer * (reward == "both") + 3 * inner) and inner.any()
     assert [size for _, size in calls] == [20] * (3 * 2 * 5)
     assert [rate for rate, _ in calls[::10]] == pytest.approx([5e-4, 5e-4 * 2 / 3, 5e-4 / 3])
     assert [*logged["losses/value"]] == [*logged["model/intrinsic_reward"]] == [100, 200, 300]

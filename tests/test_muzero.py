@@ -104,7 +104,8 @@ def test_trees_are_those_of_a_recursive_search(gamma, bounds, actions, noise):
         assert found.value[b] == pytest.approx(np.mean(root.values), abs=1e-9) and found.visits[b].sum() == 30
         assert [found.tree.low[b], found.tree.high[b]] == pytest.approx([low, high], abs=1e-9)
         assert noise or muzero.Agent.forward(model, obs[b]) == found.visits[b].argmax()
-    assert (ARGS.c1, ARGS.c2) == (1.25, 19_652)
+    env = muzero.TicTacToe() if gamma < 0 else gym.make("CartPole-v1")
+    assert muzero.Agent(env, ARGS).bounds == bounds and (ARGS.c1, ARGS.c2) == (1.25, 19_652)
 
 
 def test_noise_is_dirichlet_over_the_legal_actions():
