@@ -9,8 +9,9 @@
 
 MuZero's search chooses actions by an upper confidence bound, and its visit counts are a better policy only if there
 are many visits. This search samples a few actions without replacement, by the Gumbel-top-k trick, and divides the
-simulations among them by sequential halving. However few the simulations are, the action that is left is in expectation
-at least as good as the policy. The policy is trained to predict one that is improved by the Q-values of the search.
+simulations among them by sequential halving. However few the simulations are, if their values are right, the action
+that is left is in expectation at least as good as the policy. The policy is trained to predict one that is improved by
+the Q-values of the search.
 
 Paper: Danihelka, Guez, Schrittwieser, Silver, "Policy Improvement by Planning with Gumbel", ICLR 2022. Official code of
 the search: github.com/google-deepmind/mctx. Everything else is MuZero's: Schrittwieser et al., Nature 2020, arXiv
@@ -50,6 +51,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -163,6 +165,11 @@ def to_unit(s: Tensor) -> Tensor:
     return ((s.flatten(1) - low) / (high - low).clamp(min=1e-5)).view_as(s)
 
 
+def discount(env: gym.Env, args: Args) -> float:
+    """γ, and −γ for two players."""
+    return args.gamma * getattr(env.unwrapped, "sign", 1)
+
+
 def dense(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ELU(), nn.Linear(hidden, outputs))
 
@@ -191,7 +198,7 @@ class Agent(nn.Module):
         super().__init__()
         space, self.actions, self.args = env.observation_space, int(env.action_space.n), args
         self.image, self.scale, task = len(space.shape) == 3, 255.0 if space.dtype == np.uint8 else 1.0, env.unwrapped
-        self.legal_moves, self.gamma = getattr(task, "legal", None), args.gamma * getattr(task, "sign", 1)
+        self.legal_moves, self.gamma = getattr(task, "legal", None), discount(env, args)
         codes = torch.eye(self.actions)  # how the dynamics see an action
         if self.image:
             blocks, (channels, *sides), layers = args.blocks, space.shape, []
@@ -305,6 +312,7 @@ def interior(tree: Tree, trees: np.ndarray, nodes: np.ndarray, args: Args) -> np
     return (improved_policy(tree, trees, nodes, args) - n / (1 + n.sum(1, keepdims=True))).argmax(1)
 
 
+@cache  # each search asks for the same few schedules
 def halving(considered: int, simulations: int) -> list[int]:
     """Sequential halving: the number of visits that the root's action must have had before each simulation. The
     considered actions are visited equally often, then the better half of them, and so on until two are left."""
@@ -438,7 +446,7 @@ class Replay:
         self.rows = self.keep * 5 // 4  # a run does not overwrite images that its last checkpoint needs
         self.look = args.unroll + args.n_steps + 1  # rows after a position that its targets need
         space, shape = env.observation_space, (self.rows, args.envs)
-        self.gamma = args.gamma * getattr(env.unwrapped, "sign", 1)
+        self.gamma = discount(env, args)
         self.shape, self.dtype = (*shape, *space.shape), np.uint8 if space.dtype == np.uint8 else np.float32
         self.obs = np.zeros(self.shape if math.prod(space.shape) < 5_000 else 0, self.dtype)
         names = ("reward", "bootstrap", "terminated", "truncated", "value", "priority")
@@ -538,9 +546,9 @@ def heldout_metrics(agent: Agent, learner: Agent, replay: Replay) -> dict[str, T
     metrics, s = {"model/heldout_loss": muzero_loss(learner, batch)[0]}, learner.representation(batch.obs)
     for k in range(1, replay.args.unroll + 1):
         s = learner.dynamics(s, batch.action[:, k - 1])
-        later = learner.tensor(replay.obs[((row + k) % replay.rows).numpy(), games.numpy()])
-        error = (learner.scalar(learner.prediction(s)[1]) - learner.value(later)).abs()
         if k in (1, replay.args.unroll):
+            later = learner.tensor(replay.obs[((row + k) % replay.rows).numpy(), games.numpy()])
+            error = (learner.scalar(learner.prediction(s)[1]) - learner.value(later)).abs()
             metrics[f"model/value_error_{k}"] = (error * batch.alive[:, k]).sum() / batch.alive[:, k].sum().clamp(min=1)
     return metrics
 

@@ -29,7 +29,7 @@ Symbols: π → Agent.actor, φ → ICM.encoder, g → ICM.inverse, f → ICM.fo
 Usage (return: mean and 95 % interval over seeds; docs/icm.md has the curves):
     python algos/icm.py                                     # 4.7 minutes, return 1.000 [1.000, 1.000]
     python algos/icm.py maze --reward extrinsic             # 2.4 minutes, return 0.000 [0.000, 0.000]
-    python algos/icm.py mountaincar                         # return −121 [−130, −114]
+    python algos/icm.py mountaincar                         # 3.9 minutes, return −121 [−130, −114]
     python algos/icm.py --env-id NoisyMaze-v0 --features pixels   # what inverse features are for
     python algos/icm.py --evaluate runs/NAME --episodes 10 --capture-video
 

@@ -168,6 +168,11 @@ def to_unit(s: Tensor) -> Tensor:
     return ((s.flatten(1) - low) / (high - low).clamp(min=1e-5)).view_as(s)
 
 
+def discount(env: gym.Env, args: Args) -> float:
+    """γ, and −γ for two players."""
+    return args.gamma * getattr(env.unwrapped, "sign", 1)
+
+
 def dense(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ELU(), nn.Linear(hidden, outputs))
 
@@ -196,7 +201,7 @@ class Agent(nn.Module):
         super().__init__()
         space, self.actions, self.args = env.observation_space, int(env.action_space.n), args
         self.image, self.scale, task = len(space.shape) == 3, 255.0 if space.dtype == np.uint8 else 1.0, env.unwrapped
-        self.legal_moves, self.gamma = getattr(task, "legal", None), args.gamma * getattr(task, "sign", 1)
+        self.legal_moves, self.gamma = getattr(task, "legal", None), discount(env, args)
         self.bounds = (-1.0, 1.0) if self.gamma < 0 else (1e30, -1e30)  # of Q, known in board games
         codes = torch.eye(self.actions)  # how the dynamics see an action
         if self.image:
@@ -411,7 +416,7 @@ class Replay:
         self.rows = self.keep * 5 // 4  # a run does not overwrite images that its last checkpoint needs
         self.look = args.unroll + args.n_steps + 1  # rows after a position that its targets need
         space, shape = env.observation_space, (self.rows, args.envs)
-        self.gamma = args.gamma * getattr(env.unwrapped, "sign", 1)
+        self.gamma = discount(env, args)
         self.shape, self.dtype = (*shape, *space.shape), np.uint8 if space.dtype == np.uint8 else np.float32
         self.obs = np.zeros(self.shape if math.prod(space.shape) < 5_000 else 0, self.dtype)
         names = ("reward", "bootstrap", "terminated", "truncated", "value", "priority")
@@ -511,9 +516,9 @@ def heldout_metrics(agent: Agent, learner: Agent, replay: Replay) -> dict[str, T
     metrics, s = {"model/heldout_loss": muzero_loss(learner, batch)[0]}, learner.representation(batch.obs)
     for k in range(1, replay.args.unroll + 1):
         s = learner.dynamics(s, batch.action[:, k - 1])
-        later = learner.tensor(replay.obs[((row + k) % replay.rows).numpy(), games.numpy()])
-        error = (learner.scalar(learner.prediction(s)[1]) - learner.value(later)).abs()
         if k in (1, replay.args.unroll):
+            later = learner.tensor(replay.obs[((row + k) % replay.rows).numpy(), games.numpy()])
+            error = (learner.scalar(learner.prediction(s)[1]) - learner.value(later)).abs()
             metrics[f"model/value_error_{k}"] = (error * batch.alive[:, k]).sum() / batch.alive[:, k].sum().clamp(min=1)
     return metrics
 
