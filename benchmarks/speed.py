@@ -39,7 +39,10 @@ import mpc_rs
 import muzero
 import pddm
 import pets
+import tabular_dp
 import vin
+
+Row = tuple[str, str, float]  # what, unit, rate
 
 
 def best_rates(variants: dict[str, tuple[Callable[[], object], float]], rounds: int) -> dict[str, float]:
@@ -63,6 +66,31 @@ def matrix_product(rounds: int) -> dict[str, float]:
     """The yardstick: float32, 1024 × 1024, GFLOP/s."""
     a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
     return best_rates({"float32 1024 × 1024": (lambda: a @ b, 2 * 1024**3 / 1e9)}, rounds)
+
+
+# ── tabular_dp: sweeps over all states and actions ────────────────────────────────────────────────────────────────
+
+
+def sweep_rates(rounds: int, _: bool) -> list[Row]:
+    """A sweep of value iteration as in the file, and as loops over the environment's own table."""
+    variants = {}
+    for env_id in ("FrozenLake8x8-v1", "Taxi-v4"):
+        env = gym.make(env_id)
+        P, r = tabular_dp.model_of(env)
+        V, table = r.max(1), env.unwrapped.P
+
+        def loops(V=V, table=table, r=r):
+            return [
+                max(sum(p * (x + 0.99 * V[s2] * (not end)) for p, s2, x, end in table[s][a]) for a in range(r.shape[1]))
+                for s in range(len(r))
+            ]
+
+        def sweep(P=P, r=r, V=V):
+            return tabular_dp.backup(P, r, V, 0.99).max(1)
+
+        assert np.allclose(loops(), sweep())
+        variants |= {f"{env_id}, a sweep": (sweep, r.size / 1e6), f"{env_id}, loops": (loops, r.size / 1e6)}
+    return [(name, "million states × actions/s", rate) for name, rate in best_rates(variants, rounds).items()]
 
 
 # ── dyna_q: planning updates ──────────────────────────────────────────────────────────────────────────────────────
@@ -397,9 +425,9 @@ def search_rates(file: ModuleType, rounds: int, compiled: bool = False) -> list[
     return rows + [(name, "updates/s", rate) for name, rate in best_rates(updates, rounds).items()]
 
 
-Row = tuple[str, str, float]  # what, unit, rate
 MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
     "matrix product": lambda rounds, _: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
+    "tabular_dp": sweep_rates,
     "dyna_q": lambda rounds, _: [(name, "million updates/s", x / 1e6) for name, x in dyna_q_rates(rounds).items()],
     "mpc_rs": functools.partial(plan_rates, mpc_rs),
     "pddm": functools.partial(plan_rates, pddm),

@@ -16,6 +16,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+TABULAR = [name for name in NAMES if "import torch" not in (ROOT / "algos" / f"{name}.py").read_text()]  # take seconds
+TRAINED = [name for name in NAMES if name not in TABULAR]
 TAG = re.compile(r"(?:charts|eval|losses|model|time)/[\w*]+")
 CLOCK_TAGS = ("time/", "charts/SPS")  # what depends on the clock and not on the seed
 

@@ -142,3 +142,15 @@ def test_curiosity_reaches_the_end_of_a_maze_and_ppo_alone_and_random_moves_do_n
     envs = icm.Environments(icm.Args("LearnMaze-v0", envs=16))
     random_rewards = sum(envs.step(torch.randint(4, (16,)).tolist())[1].sum() for _ in range(80_000 // 16))
     assert found["both"] == [1, 1, 1] and found["extrinsic"] == [0, 0, 0] and random_rewards < 3, found
+
+
+@pytest.mark.learning
+def test_tabular_dp_walks_over_the_ice(tmp_path):
+    """With patience, 14 of 17 episodes of FrozenLake reach the goal."""
+    dp = module("tabular_dp")
+    args = dp.Args(gamma=0.9999, time_limit=100_000, episodes=10_000, run_dir=str(tmp_path / "run"))
+    dp.train(args)
+    env, table = dp.make_env(args), dp.load_run(str(tmp_path / "run"))["policy"]
+    success = dp.play(table, env, args, tmp_path / "play.gif")
+    at_random = dp.play(np.random.default_rng(0).integers(0, 4, len(table)), env, args, tmp_path / "play.gif")
+    assert abs(success - 14 / 17) < 0.012 and at_random < 0.2, (success, at_random)

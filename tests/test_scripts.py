@@ -16,7 +16,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import NAMES, ROOT, differences, leaves, module, scalars, tags_on_page
+from helpers import ROOT, TABULAR, TRAINED, differences, leaves, module, scalars, tags_on_page
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -48,8 +48,8 @@ TINY = {
 COMMON = "--env-id Pendulum-v1 --total-timesteps 800 --eval-every 400 --episodes 1 --picture-every 400"
 SHORT = {"vin", "dyna_q", "muzero", "gumbel_muzero"}  # whose episodes may be
 TOGETHER = {"icm", "muzero", "gumbel_muzero"}  # which take 200 steps at once
-every_file = pytest.mark.parametrize("name", NAMES)
-TRANSITIONS = [name for name in NAMES if hasattr(module(name), "Replay") and name not in TOGETHER]
+every_file = pytest.mark.parametrize("name", TRAINED)
+TRANSITIONS = [name for name in TRAINED if hasattr(module(name), "Replay") and name not in TOGETHER]
 with_replay = pytest.mark.parametrize("name", TRANSITIONS)
 
 
@@ -206,7 +206,9 @@ for name, task in (("Own", Env), ("Choice", Choice)):
 """
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("vin", "dyna_q")])  # these have mazes, states
+@pytest.mark.parametrize(
+    "name", [name for name in TRAINED if name not in ("vin", "dyna_q")]
+)  # these have mazes, states
 def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     """Reward and termination are learned, an endless task gets a time limit, and NaN ends in one sentence."""
     (tmp_path / "own_task.py").write_text(OWN)
@@ -239,7 +241,7 @@ def test_a_time_limit_is_not_a_terminal_state(name, whole):
     assert replay.rows().episode[:, 0].unique().tolist() == [0, 200, 400, 600]
 
 
-@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in NAMES for preset in module(name).PRESETS])
+@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in TRAINED for preset in module(name).PRESETS])
 def test_every_preset_starts(name, preset, tmp_path):
     args = module(name).PRESETS[preset][1]
     if args.env_id.startswith("ControlSuite/"):
@@ -255,7 +257,7 @@ def test_every_preset_starts(name, preset, tmp_path):
 
 @given(st.data())
 def test_a_number_out_of_range_is_refused_by_its_flag(data):
-    args = module(data.draw(st.sampled_from(NAMES))).Args()
+    args = module(data.draw(st.sampled_from(TRAINED))).Args()
     numbers = [field.name for field in fields(args) if type(getattr(args, field.name)) in (int, float)]
     name = data.draw(st.sampled_from(numbers))
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
@@ -267,6 +269,46 @@ def test_help_fits_on_two_screens(name, capsys):
     with pytest.raises(SystemExit) as exit:
         module(name).parse_args([next(iter(module(name).PRESETS)), "--help"])
     assert exit.value.code == 0 and len(capsys.readouterr().out.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", TABULAR)
+def test_a_file_that_plans_in_seconds(name, tmp_path, monkeypatch, capsys):
+    """It runs alone, twice alike, plays again, and refuses what is wrong in one sentence."""
+    shutil.copy(ROOT / "algos" / f"{name}.py", tmp_path)
+    process = command(f"{name}.py", "--capture-video", "--run-dir", "one", cwd=tmp_path)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "one/picture.png" in out and f"{name}.py --evaluate one" in out
+    for image in (*(tmp_path / "one").glob("*.png"), *(tmp_path / "one").glob("*.gif")):
+        with Image.open(image) as picture:
+            assert len(picture.convert("RGB").getcolors(1_000_000)) > 2
+    monkeypatch.chdir(tmp_path)
+    module(name).main(["--capture-video", "--run-dir", "two"])
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {path.name for path in (tmp_path / "two").iterdir()} and len(names) > 4
+    for path in (tmp_path / "one").glob("*.csv"):
+        assert path.read_text() == (tmp_path / "two" / path.name).read_text()
+    module(name).main(["--evaluate", "two", "--episodes", "3"])
+    assert "3 episodes: mean return" in capsys.readouterr().out
+    policy, env = module(name).load_policy("two"), module(name).make_env(module(name).Args())
+    assert env.action_space.contains(policy(env.reset(seed=0)[0]))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "policy.npz").write_bytes((tmp_path / "two" / "policy.npz").read_bytes()[:100])
+    wrong = {
+        "--run-dir two": "not empty", "--evaluate one/two": "holds no policy", "--evaluate bad": "damaged",
+        "--env-id Nonsense-v0": "Nonsense", "--env-id no_module:Env-v0": "no_module", "--gamma 2": "--gamma",
+    }  # fmt: skip
+    for flags, word in wrong.items():
+        with pytest.raises(SystemExit) as exit:
+            module(name).main(flags.split())
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and word in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in TABULAR for preset in module(name).PRESETS])
+def test_every_tabular_preset_runs(name, preset, tmp_path):
+    module(name).main([preset, "--episodes", "2", "--run-dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "picture.png").is_file()
 
 
 # ── The plumbing, which test_house.py holds equal in all files: shown with one of them ────────────────────────────
