@@ -326,9 +326,13 @@ def train(args: Args) -> None:
     np.savez(folder / "policy.npz", Q=Q, policy=greedy(Q), args=json.dumps(asdict(args)), algorithm=ALGORITHM)
     draw(env, P, Q, errors, counted).savefig(folder / "picture.png")
     film(env, P, r, rounds["value iteration"], args, folder / "sweeps.gif")
-    play(greedy(Q), env, args, folder / "video.gif")
+    play(as_function(greedy(Q)), env, args, folder / "video.gif")
     script, place = f"python {sys.argv[0]}", shlex.quote(str(folder))
     print(f"picture: {folder / 'picture.png'}\nto watch it: {script} --evaluate {place} --capture-video")
+
+
+def as_function(policy: np.ndarray) -> Callable[[int], int]:
+    return lambda obs: int(policy[obs])
 
 
 # ── The tasks: two examples of the book, and random transitions ───────────────────────────────────────────────────
@@ -436,13 +440,13 @@ def make_folder(args: Args) -> Path:
     return folder
 
 
-def play(policy: np.ndarray, env: gym.Env, args: Args, video: Path) -> float:
+def play(policy: Callable, env: gym.Env, args: Args, video: Path) -> float:
     """The mean return of some episodes."""
     returns, lengths, frames = [], [], []
     for episode in range(args.episodes):
         obs, info = env.reset(seed=args.seed + 10_000 if episode == 0 else None)
         while "episode" not in info:
-            obs, _, _, _, info = env.step(int(policy[obs]))
+            obs, _, _, _, info = env.step(policy(obs))
             if args.capture_video and episode == 0 and len(frames) < 500:
                 frames.append(Image.fromarray(env.render()))
         returns.append(float(info["episode"]["r"]))
@@ -468,10 +472,9 @@ def load_run(run_dir: str) -> dict:
     return run | {"args": Args(**json.loads(str(run["args"])))}
 
 
-def load_policy(run_dir: str) -> Callable[[int], int]:
+def load_policy(run_dir: str) -> Callable:
     """policy = load_policy("runs/NAME"), then action = policy(obs)"""
-    policy = load_run(run_dir)["policy"]
-    return lambda obs: int(policy[obs])
+    return as_function(load_run(run_dir)["policy"])
 
 
 def main(words: Optional[list[str]] = None) -> None:
@@ -482,7 +485,7 @@ def main(words: Optional[list[str]] = None) -> None:
         if run_dir := folder.parse_known_args(words)[0].evaluate:
             run = load_run(run_dir)
             args = tyro.cli(Args, default=run["args"], args=words)
-            play(run["policy"], make_env(args), args, Path(args.evaluate) / "play.gif")
+            play(as_function(run["policy"]), make_env(args), args, Path(args.evaluate) / "play.gif")
         else:
             preset = [] if {*words} & {*PRESETS, "-h", "--help"} else [next(iter(PRESETS))]
             description = __doc__.split("\n\n")[0]
