@@ -154,3 +154,23 @@ def test_tabular_dp_walks_over_the_ice(tmp_path):
     success = dp.play(table, env, args, tmp_path / "play.gif")
     at_random = dp.play(np.random.default_rng(0).integers(0, 4, len(table)), env, args, tmp_path / "play.gif")
     assert abs(success - 14 / 17) < 0.012 and at_random < 0.2, (success, at_random)
+
+
+@pytest.mark.learning
+def test_dagger_needs_the_expert_and_the_learner():
+    """On maps both data together always reach the expert's value, and each alone does not; the helicopter hovers."""
+    dagger, found = module("dagger_mbrl"), {}
+    for data in dagger.EXPERT_SHARE:
+        won = []
+        for seed in range(1_000, 1_060):
+            grid = dagger.random_grid(seed)
+            history = dagger.learn(grid, data, dagger.Args(iterations=8))
+            won.append(max(row.value for row in history) > grid.value(grid.expert) - 1e-9)
+        ratios = []
+        for seed in range(1_000, 1_010):
+            args = dagger.Args("Helicopter-v0", iterations=15, rollouts=2, seed=seed)
+            task = dagger.make_env(args).unwrapped
+            ratios.append(dagger.learn(task, data, args)[-1].value / task.value(task.expert))
+        found[data] = np.mean(won), np.mean(ratios), (np.array(ratios) < 1.1).sum()
+    assert found["both"][0] == 1 and found["expert"][0] < 0.95 and found["learner"][0] < 0.85, found
+    assert found["both"][2] >= 9 and found["expert"][1] > 2, found
