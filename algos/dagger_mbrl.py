@@ -163,6 +163,33 @@ class Iteration(NamedTuple):
 EXPERT_SHARE = {"expert": 1.0, "learner": 0.0, "both": 0.5}
 
 
+def train(args: Args) -> None:
+    env, folder = make_env(args), make_folder(args)
+    task, histories, log = env.unwrapped, {}, [f"data,{','.join(Iteration._fields[:5])}"]
+    print(f"the expert's value: {task.value(task.expert):.2f}")
+    for data in EXPERT_SHARE if args.data == "all" else [args.data]:
+        histories[data] = learn(task, data, args)
+        for row in histories[data]:
+            log.append(f"{data}," + ",".join(f"{x:.9g}" for x in row[:5]))
+            terms = " + ".join(f"{term:z.2f}" for term in row[2:5])
+            print(f"{data:7} iteration {row.iteration:2}: value {row.value:.2f}, below the expert by {terms}")
+        best = max(histories[data], key=lambda row: row.value)
+        print(f"{data:7} best: value {best.value:.2f}")
+    (folder / "log.csv").write_text("\n".join(log) + "\n")
+    np.savez(folder / "policy.npz", policy=best.policy, args=json.dumps(asdict(args)), algorithm=ALGORITHM)
+
+    frames = []
+    for iteration in range(args.iterations):
+        figure = task.draw({data: history[: iteration + 1] for data, history in histories.items()})
+        figure.savefig(image := io.BytesIO(), format="png", dpi=80)
+        frames.append(Image.open(image).convert("RGB"))
+    frames[0].save(folder / "iterations.gif", save_all=True, append_images=frames[1:], duration=1_000, loop=0)
+    figure.savefig(folder / "picture.png")
+    play(as_function(best.policy), env, args, folder / "video.gif")
+    script, place = f"python {sys.argv[0]}", shlex.quote(str(folder))
+    print(f"picture: {folder / 'picture.png'}\nto watch it: {script} --evaluate {place} --capture-video")
+
+
 def learn(task: "Grid | Helicopter", data: str, args: Args) -> list[Iteration]:
     rng, history = np.random.default_rng(args.seed), []
     # (1) D_expert ← the expert's steps in the world, D_learner ← ∅
@@ -179,37 +206,9 @@ def learn(task: "Grid | Helicopter", data: str, args: Args) -> list[Iteration]:
         expert_data = Data(*map(np.concatenate, zip(expert_data, more, strict=True)))
         value, planning_term = task.value(policy), task.value(task.expert, model) - task.value(policy, model)
         terms = task.gap(model, task.expert), planning_term, -task.gap(model, policy)
+        # (5) repeat; train() keeps the plan that was best in the world
         history.append(Iteration(iteration, value, *terms, policy, model))
     return history
-
-
-def train(args: Args) -> None:
-    env, folder = make_env(args), make_folder(args)
-    task, histories, log = env.unwrapped, {}, [f"data,{','.join(Iteration._fields[:5])}"]
-    print(f"the expert's value: {task.value(task.expert):.2f}")
-    for data in EXPERT_SHARE if args.data == "all" else [args.data]:
-        # (1) to (4) collect, fit, plan and execute, again and again
-        histories[data] = learn(task, data, args)
-        for row in histories[data]:
-            log.append(f"{data}," + ",".join(f"{x:.9g}" for x in row[:5]))
-            terms = " + ".join(f"{term:z.2f}" for term in row[2:5])
-            print(f"{data:7} iteration {row.iteration:2}: value {row.value:.2f}, below the expert by {terms}")
-        # (5) return the plan that was best in the world
-        best = max(histories[data], key=lambda row: row.value)
-        print(f"{data:7} best: value {best.value:.2f}")
-    (folder / "log.csv").write_text("\n".join(log) + "\n")
-    np.savez(folder / "policy.npz", policy=best.policy, args=json.dumps(asdict(args)), algorithm=ALGORITHM)
-
-    frames = []
-    for iteration in range(args.iterations):
-        figure = task.draw({data: history[: iteration + 1] for data, history in histories.items()})
-        figure.savefig(image := io.BytesIO(), format="png", dpi=80)
-        frames.append(Image.open(image).convert("RGB"))
-    frames[0].save(folder / "iterations.gif", save_all=True, append_images=frames[1:], duration=1_000, loop=0)
-    figure.savefig(folder / "picture.png")
-    play(as_function(best.policy), env, args, folder / "video.gif")
-    script, place = f"python {sys.argv[0]}", shlex.quote(str(folder))
-    print(f"picture: {folder / 'picture.png'}\nto watch it: {script} --evaluate {place} --capture-video")
 
 
 def as_function(policy: np.ndarray) -> Callable:

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from helpers import module
+from PIL import Image
 
 dp = module("tabular_dp")
 ARGS = dp.Args()
@@ -140,6 +141,8 @@ def test_one_sweep_of_each_method():
 def test_equal_actions_keep_the_old_one():
     Q = np.array([[1.0, 1.0 + 1e-14, 0.0], [0.0, 2.0, 2.0 - 1e-6]])
     assert dp.greedy(Q, np.array([0, 2])).tolist() == [0, 1] and dp.greedy(Q).tolist() == [1, 1]
+    large = np.array([[1e6, 1e6 + 1e-7], [1e6, 1e6 + 1e-5], [0, 0]])  # rounding grows with the values
+    assert dp.greedy(large, np.array([0, 0, 1])).tolist() == [0, 1, 1]
     P, r, args = random_task(6)
     P, r = np.concatenate([P, P], 1), np.concatenate([r, r], 1)
     assert len([*dp.policy_iteration(P, r, args)]) < 20
@@ -193,3 +196,52 @@ def test_own_tasks_and_settings():
     with pytest.raises(dp.UserError, match="has no table"):
         dp.make_env(replace(ARGS, env_id="CartPole-v1"))
     assert isinstance(dp.make_env(ARGS), gym.wrappers.RecordEpisodeStatistics)
+
+
+def test_what_a_run_prints_and_writes(tmp_path, capsys):
+    dp.main(
+        [
+            "--env-id",
+            "RandomMDP-v0",
+            "--gamma",
+            "0.9",
+            "--samples",
+            "64",
+            "--episodes",
+            "3",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ]
+    )
+    out, (P, r) = capsys.readouterr().out, dp.model_of(dp.random_mdp(1))
+    *_, V = dp.sweeps_of(lambda V: np.mean([r[:, a] + 0.9 * P[:, a] @ V for a in range(4)], 0), 20, 1e-9)
+    assert f"acting at random V(start) = {V.mean():.6f}" in " ".join(out.split())
+    assert [line.split(",")[0] for line in out.splitlines() if "q_error" in line] == [
+        f"samples {n}" for n in (4, 16, 64)
+    ]
+    rows = [line.split(",") for line in (tmp_path / "run" / "rounds.csv").read_text().splitlines()[1:]]
+    assert {row[0] for row in rows} == {*dp.METHODS} and all(float(row[3]) < 1e-9 for row in rows if row[1] == "246")
+    V = best(P, r, replace(ARGS, gamma=0.9))
+    first = next(row for row in rows if row[:2] == ["value iteration", "1"])
+    assert [float(x) for x in first[2:]] == pytest.approx([r.max(1).mean(), abs(V - r.max(1)).max()], rel=1e-3)
+    with Image.open(tmp_path / "run" / "sweeps.gif") as film:
+        assert film.size == (320, 320) and film.info["duration"] == 400 and film.n_frames == 18
+
+
+def test_the_tasks_in_the_file():
+    grid, gambler = dp.gridworld(), dp.gambler()
+    assert {s2 for row in grid.P.values() for moves in row.values() for _, s2, _, end in moves if end} == {0, 15}
+    assert grid.initial_state_distrib.tolist() == [0, *[1 / 14] * 14, 0] and gambler.initial_state_distrib[50] == 1
+    assert (grid.observation_space.n, grid.action_space.n, gambler.observation_space.n, gambler.action_space.n) == (
+        16,
+        4,
+        101,
+        50,
+    )
+    for s, a in ((30, 9), (30, 40), (80, 49), (50, 49)):  # state, action: the stake is what is there or missing at most
+        stake = min(a + 1, s, 100 - s)
+        (p, up, won, end), (q, down, lost, broke) = gambler.P[s][a]
+        assert (p, up, down, won, end) == (0.4, s + stake, s - stake, float(up == 100), up == 100)
+        assert (q, lost, broke) == (0.6, 0, down == 0)
+    rows = np.concatenate([dp.model_of(dp.random_mdp(seed))[0].reshape(-1, 20) for seed in range(20)])
+    assert (rows**2).sum(1).mean() == pytest.approx(1.3 / 7, rel=0.05)  # of Dirichlet(0.3): (0.3 + 1) / (20 · 0.3 + 1)
