@@ -35,6 +35,7 @@ BUDGET = {
     "mage": "--total-timesteps 900 --random-steps 200 --updates 5",
     "dreamer_v1": f"{DREAMER} --action-repeat 1 --batch-size 16 --reward-scale 1 --value-learning-rate 1e-3",
     "dreamer_v2": f"{DREAMER} --reinforce-share 0 --entropy-scale 0.001 --no-ends",
+    "dreamer_v3": "--total-timesteps 2000 --learning-rate 4e-4 --gamma 0.9 --horizon 6 --batch-length 8",
 }
 
 

@@ -42,6 +42,7 @@ TINY = {
     "--horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --free-nats 0 --ends",
     "dreamer_v2": "--random-steps 100 --train-every 40 --pretrain 2 --batch-size 4 --horizon 3 --deter-size 8 "
     "--stoch-size 3 --classes 4 --units 8 --depth 2 --dense-units 8 --reinforce-share 0.5 --slow-every 5",
+    "dreamer_v3": "--learning-starts 50 --train-ratio 3 --batch-size 4 --batch-length 8 --horizon 3 --size tiny",
     # Four games of 50 moves at once.
     "muzero": SEARCH,
     "gumbel_muzero": f"{SEARCH} --considered 2",
