@@ -13,7 +13,9 @@ stays as it is:
 
     <!-- report: mbpo pendulum -->  a table and its figure  <!-- end of report -->
     <!-- report: speed mbpo -->  what benchmarks/speed.py --save speed_<machine>.csv wrote  <!-- end of report -->
-    <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file
+    <!-- minutes mbpo pendulum -->9.8<!-- . -->   and so with "last", "steps", "seeds"; "lines mbpo": of the file;
+    "algorithm mbpo": of its sections from "The algorithm" to "Plumbing", without the task; "diff mbpo mage": those of
+    mage.py that `diff` shows as new or changed
 
 In the docstrings of algos/ the comment behind a command is filled too, if it is "# not measured yet" or was filled.
 
@@ -23,6 +25,7 @@ Needs scipy: pip install -r benchmarks/requirements.txt
 import csv
 import json
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,11 +309,31 @@ def by_command(groups: dict[str, dict[str, list[Run]]]) -> dict[str, list[Run]]:
     return {f"{runs[0].file} {flags}".strip(): runs for of_task in groups.values() for flags, runs in of_task.items()}
 
 
+def algorithm_lines(path: Path) -> Optional[str]:
+    """Number of lines from the banner "The algorithm" to the banner "Plumbing", without the sections of the task."""
+    if not path.is_file():
+        return None
+    sections = re.split(r"^# ── ", path.read_text(), flags=re.M)[1:]
+    return str(sum(len(x.splitlines()) for x in sections if not x.startswith(("The task", "Plumbing"))))
+
+
+def changed_lines(first: Path, second: Path) -> Optional[str]:
+    """How many lines of the second file `diff` shows as new or changed."""
+    if not (first.is_file() and second.is_file()):
+        return None
+    shown = subprocess.run(["diff", first, second], capture_output=True, text=True).stdout
+    return f"{len(re.findall('^>', shown, re.M)):,} of {len(second.read_text().splitlines()):,}"
+
+
 def cell(what: str, of: str, groups: dict[str, dict[str, list[Run]]]) -> Optional[str]:
     """The text of a small marker; None where nothing is known yet: what stands there stays."""
     if what == "lines":
         path = ROOT / "algos" / f"{of}.py"
         return f"{len(path.read_text().splitlines()):,}" if path.is_file() else None
+    if what == "algorithm":
+        return algorithm_lines(ROOT / "algos" / f"{of}.py")
+    if what == "diff":
+        return changed_lines(*(ROOT / "algos" / f"{name}.py" for name in of.split()))
     if not (runs := by_command(groups).get(of)):
         return None
     if what == "last":
@@ -322,7 +345,8 @@ TABLE = re.compile(
     r"(^<!-- report: (?P<task>[\w -]+?) -->\n)(?:(?!<!-- report: ).)*?(^<!-- end of report -->)", re.DOTALL | re.M
 )
 CELL = re.compile(
-    r"(<!-- (?P<what>last|minutes|steps|seeds|lines) (?P<of>[^<>]+?) -->)((?:(?!<!--)[^\n`])*)(<!-- \. -->)"
+    r"(<!-- (?P<what>last|minutes|steps|seeds|lines|algorithm|diff) (?P<of>[^<>]+?) -->)"
+    r"((?:(?!<!--)[^\n`])*)(<!-- \. -->)"
 )
 
 

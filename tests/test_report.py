@@ -116,6 +116,11 @@ def test_small_markers_hold_single_numbers(tmp_path, monkeypatch):
     assert report.filled(some, tmp_path / "README.md", control) == some.replace("y", "1")
     lines = len((helpers.ROOT / "algos/dyna_q.py").read_text().splitlines())
     assert f"<!-- lines dyna_q -->{lines:,}<!-- . -->" in text
+    for name, task in (("one", "c\n"), ("two", "d\ne\n")):
+        text = f"a\n# ── The algorithm\nb\n# ── The task\n{task}# ── Training\nf\n# ── Plumbing\ng\n"
+        (tmp_path / "algos" / f"{name}.py").write_text(text)
+    some = "<!-- algorithm one -->x<!-- . -->, <!-- algorithm three -->kept<!-- . -->, <!-- diff one two -->y<!-- . -->"
+    assert report.filled(some, tmp_path / "README.md", {}) == some.replace("x", "4").replace("y", "2 of 10")
 
 
 def test_a_file_s_speeds_stand_beside_each_other_machine_by_machine(tmp_path, monkeypatch):
