@@ -1,10 +1,5 @@
 """notebooks/unroll.ipynb runs from its first cell to its last."""
 
-import json
-import os
-import sys
-from pathlib import Path
-
 import pytest
 from helpers import ROOT
 
