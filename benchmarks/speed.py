@@ -28,8 +28,10 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+import dagger_mbrl
 import dreamer_v1
 import dreamer_v2
+import dreamer_v3
 import dyna_q
 import gumbel_muzero
 import icm
@@ -91,6 +93,23 @@ def sweep_rates(rounds: int, _: bool) -> list[Row]:
         assert np.allclose(loops(), sweep())
         variants |= {f"{env_id}, a sweep": (sweep, r.size / 1e6), f"{env_id}, loops": (loops, r.size / 1e6)}
     return [(name, "million states × actions/s", rate) for name, rate in best_rates(variants, rounds).items()]
+
+
+# ── dagger_mbrl: fits and plans ───────────────────────────────────────────────────────────────────────────────────
+
+
+def dagger_rates(rounds: int, _: bool) -> list[Row]:
+    """One fit of the model and one plan in it, with the steps of ten episodes of the expert and of the learner."""
+    calls = {}
+    for name, task in (("grid", dagger_mbrl.Grid()), ("helicopter", dagger_mbrl.Helicopter())):
+        rng = np.random.default_rng(0)
+        data = [task.execute(task.expert, 10, rng) for _ in range(2)]
+
+        def fit_and_plan(task=task, data=data):
+            return task.plan(task.fit(*dagger_mbrl.weigh(*data, 0.5)))
+
+        calls[f"{name}, fit and plan"] = fit_and_plan, 1
+    return [(name, "plans/s", rate) for name, rate in best_rates(calls, rounds).items()]
 
 
 # ── dyna_q: planning updates ──────────────────────────────────────────────────────────────────────────────────────
@@ -391,6 +410,36 @@ def dreamer_rates(dreamer: ModuleType, rounds: int, compiled: bool = False) -> l
     return rows + [(name, "GFLOP/s", best[name] * count / 1e9) for name, count in flops.items()]
 
 
+# ── dreamer_v3: updates ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dreamer_v3_rates(rounds: int, compiled: bool = False) -> list[Row]:
+    """An update of two presets."""
+    calls = {}
+    for preset in ("cartpole", "catch"):
+        for more, on in kinds(compiled).items():
+            args = replace(dreamer_v3.PRESETS[preset][1], compile=on, device="cpu")
+            env, shape = dreamer_v3.make_env(args), (args.batch_size, args.batch_length)
+            agent = dreamer_v3.Agent(env, args)
+            obs = torch.randint(256, (*shape, *env.observation_space.shape))
+            columns = torch.rand(*shape, agent.actions), torch.rand(shape), torch.zeros(shape), torch.zeros(shape)
+            h, z = agent.world.rssm.start(shape[0])
+            batch = dreamer_v3.Sequences(obs.byte() if args.obs == "pixels" else obs.float(), *columns, h, z)
+            parameters = [p for p in agent.parameters() if p.requires_grad]
+            optimizer = dreamer_v3.LaProp(parameters, args.learning_rate, args.warmup, args.gradient_clip)
+
+            def update(agent=agent, batch=batch, args=args, optimizer=optimizer) -> None:
+                world_loss, states, _ = dreamer_v3.world_model_loss(agent.world, batch, args)
+                behaviour_loss, _ = dreamer_v3.behaviour_losses(agent, states, batch, args)
+                optimizer.zero_grad()
+                (world_loss + behaviour_loss).backward()
+                optimizer.step()
+                agent.after_update()
+
+            calls[f"{preset}, {shape[0]} × {shape[1]} rows, size {args.size}{more}"] = update, 1
+    return [(name, "updates/s", rate) for name, rate in best_rates(calls, min(rounds, 10)).items()]
+
+
 # ── muzero and gumbel_muzero: simulations ─────────────────────────────────────────────────────────────────────────
 
 
@@ -428,6 +477,7 @@ def search_rates(file: ModuleType, rounds: int, compiled: bool = False) -> list[
 MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
     "matrix product": lambda rounds, _: [(name, "GFLOP/s", rate) for name, rate in matrix_product(rounds).items()],
     "tabular_dp": sweep_rates,
+    "dagger_mbrl": dagger_rates,
     "dyna_q": lambda rounds, _: [(name, "million updates/s", x / 1e6) for name, x in dyna_q_rates(rounds).items()],
     "mpc_rs": functools.partial(plan_rates, mpc_rs),
     "pddm": functools.partial(plan_rates, pddm),
@@ -438,6 +488,7 @@ MEASURED: dict[str, Callable[[int, bool], list[Row]]] = {
     "icm": icm_rates,
     "dreamer_v1": functools.partial(dreamer_rates, dreamer_v1),
     "dreamer_v2": functools.partial(dreamer_rates, dreamer_v2),
+    "dreamer_v3": dreamer_v3_rates,
     "muzero": functools.partial(search_rates, muzero),
     "gumbel_muzero": functools.partial(search_rates, gumbel_muzero),
 }

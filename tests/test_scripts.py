@@ -49,7 +49,7 @@ TINY = {
     "dyna_q": "--env-id Taxi-v4 --planning-steps 5 --epsilon 0.8",  # nobody arrives within its 200 steps
 }
 COMMON = "--env-id Pendulum-v1 --total-timesteps 400 --eval-every 200 --episodes 1 --picture-every 200"
-SHORT = {"vin", "dyna_q", "muzero", "gumbel_muzero"}  # whose episodes may be
+SHORT = {"vin", "dyna_q", "icm", "muzero", "gumbel_muzero"}  # whose episodes may be, or in which nothing moves
 TOGETHER = {"icm", "muzero", "gumbel_muzero"}  # which take 200 steps at once
 every_file = pytest.mark.parametrize("name", TRAINED)
 TRANSITIONS = [name for name in TRAINED if hasattr(module(name), "Replay") and name not in TOGETHER]
