@@ -151,9 +151,9 @@ def test_tabular_dp_walks_over_the_ice(tmp_path):
     dp = module("tabular_dp")
     args = dp.Args(gamma=0.9999, time_limit=100_000, episodes=10_000, run_dir=str(tmp_path / "run"))
     dp.train(args)
-    env, table = dp.make_env(args), dp.load_run(str(tmp_path / "run"))["policy"]
-    success = dp.play(table, env, args, tmp_path / "play.gif")
-    at_random = dp.play(np.random.default_rng(0).integers(0, 4, len(table)), env, args, tmp_path / "play.gif")
+    env, fixed = dp.make_env(args), np.random.default_rng(0).integers(0, 4, 16)
+    success = dp.play(dp.load_policy(str(tmp_path / "run")), env, args, tmp_path / "play.gif")
+    at_random = dp.play(dp.as_function(fixed), env, args, tmp_path / "play.gif")
     assert abs(success - 14 / 17) < 0.012 and at_random < 0.2, (success, at_random)
 
 
