@@ -414,14 +414,14 @@ def world_model_loss(world: WorldModel, batch: "Sequences", args: Args) -> tuple
         return kl_divergence(world.rssm.distribution(q), world.rssm.distribution(p))
 
     # L_dyn = max(1, KL[sg(q(z_t|h_t, x_t)) ‖ p(z_t|h_t)]), L_rep = max(1, KL[q(z_t|h_t, x_t) ‖ sg(p(z_t|h_t))])
-    dynamics_loss = kl(states.logits.detach(), prior).clamp(min=args.free_nats)
-    representation_loss = kl(states.logits, prior.detach()).clamp(min=args.free_nats)
+    dynamics_kl, representation_kl = kl(states.logits.detach(), prior), kl(states.logits, prior.detach())
+    dynamics_loss, representation_loss = (x.clamp(min=args.free_nats) for x in (dynamics_kl, representation_kl))
     # L(φ) = E[Σ_t β_pred L_pred + β_dyn L_dyn + β_rep L_rep]
     loss = obs_loss + reward_loss + continue_loss
     loss = (loss + args.dynamics_scale * dynamics_loss + args.representation_scale * representation_loss).mean()
     metrics = {"losses/observation": obs_loss.mean(), "losses/reward": reward_loss.mean(), "losses/world": loss}
     metrics["losses/continue"] = continue_loss.mean()
-    metrics["model/kl"] = kl(states.logits, prior).detach().mean()
+    metrics["model/kl"] = dynamics_kl.mean()
     metrics["model/prior_entropy"] = world.rssm.distribution(prior).entropy().mean()
     return loss, states, metrics
 
@@ -595,15 +595,14 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def open_loop(world: WorldModel, batch: "Sequences", context: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Predicted observations [B, T, ...] and rewards [B, T], and the states' features. The model sees `context` rows,
-    then only the actions."""
+def open_loop(world: WorldModel, batch: "Sequences", context: int = 5) -> tuple[Tensor, Tensor]:
+    """Predicted observations [B, T, ...] and rewards [B, T]. The model sees `context` rows, then only the actions."""
     seen = world.rssm.unroll(
         batch.h, batch.z, batch.action[:, :context], world.encode(batch.obs[:, :context]), batch.first[:, :context]
     )
     ahead = world.rssm.unroll(seen.h[:, -1], seen.z[:, -1], batch.action[:, context:])
     features = torch.cat([seen.features(), ahead.features()], 1)
-    return world.decode(features), world.reward(features), features
+    return world.decode(features), world.reward(features)
 
 
 @torch.no_grad()
@@ -612,7 +611,7 @@ def heldout_metrics(world: WorldModel, replay: "SequenceReplay", args: Args) -> 
     metrics = {"model/heldout_loss": world_model_loss(world, replay.latest(args.batch_length, 8), args)[0]}
     batch = replay.latest(50, 8)
     if batch.obs.shape[1] > 5:
-        obs, reward, _ = open_loop(world, batch)
+        obs, reward = open_loop(world, batch)
         obs_error = 0.5 * (obs - world.squash(batch.obs)).square().flatten(2).mean((0, 2))
         reward_error = 0.5 * (reward - batch.reward).square().mean(0)
         for h in (1, 5, 15, 45):
@@ -628,7 +627,7 @@ def draw_open_loop(agent: Agent, replay: "SequenceReplay", step: int) -> Figure:
     Below, the critic's distribution in the states that it saw, and the return that came."""
     world, batch = agent.world, replay.latest(50)
     context = min(5, max(batch.obs.shape[1] // 3, 1))
-    obs, reward, _ = open_loop(world, batch, context)
+    obs, reward = open_loop(world, batch, context)
     truth, model = (x[0].cpu() for x in (world.squash(batch.obs), obs))
     panels = 1 if world.images else min(truth.shape[1], 4)
     figure = Figure(figsize=(9, 6 if world.images else 1.3 * (panels + 3)), dpi=80, layout="constrained")
@@ -652,12 +651,13 @@ def draw_open_loop(agent: Agent, replay: "SequenceReplay", step: int) -> Figure:
     last.legend(fontsize=7)
     states = world.rssm.unroll(batch.h, batch.z, batch.action, world.encode(batch.obs), batch.first)
     logits = agent.critic(states.features()).float()
-    came = lambda_return(batch.reward, two_hot_mean(logits), agent.args.gamma * (1 - batch.terminated), 1.0)[0].cpu()
+    value = two_hot_mean(logits)
+    came = lambda_return(batch.reward, value, agent.args.gamma * (1 - batch.terminated), 1.0)[0].cpu()
     values.imshow(
         logits[0].softmax(-1).T.cpu(), aspect="auto", origin="lower", extent=(-0.5, len(truth) - 0.5, -20, 20)
     )
     values.plot(symlog(came), color="white", linewidth=1, label="return that came")
-    shown = symlog(torch.cat([came, two_hot_mean(logits)[0].cpu()]))
+    shown = symlog(torch.cat([came, value[0].cpu()]))
     values.set(ylim=(float(shown.min()) - 1, float(shown.max()) + 1), ylabel="symlog of v")
     values.legend(fontsize=7)
     return figure

@@ -227,15 +227,14 @@ class PlugIn(NamedTuple):
 def plug_in(P: np.ndarray, r: np.ndarray, samples: int, args: Args, rng: np.random.Generator) -> PlugIn:
     """Plan with a counted model, and compare the policy with the best one. r is known."""
     *_, best = policy_iteration(P, r, args)
-    rows = []
+    Q_best, rows = backup(P, r, best, args.gamma), []
     for _ in range(20):
         counted = count_model(P, samples, rng)
         *_, believed = policy_iteration(counted, r, args)
         Q = backup(counted, r, believed, args.gamma)
         earned = evaluate(P, r, greedy(Q), args.gamma)
         bound = args.gamma * abs((counted - P) @ best).max() / (1 - args.gamma) if args.gamma < 1 else math.inf
-        error = abs(Q - backup(P, r, best, args.gamma)).max()
-        rows.append((samples, bound, error, (best - earned).max(), believed.mean(), earned.mean()))
+        rows.append((samples, bound, abs(Q - Q_best).max(), (best - earned).max(), believed.mean(), earned.mean()))
     return PlugIn(*np.mean(rows, 0))
 
 
@@ -323,10 +322,11 @@ def train(args: Args) -> None:
     for row in counted:
         print(", ".join(f"{name} {x:.4g}" for name, x in row._asdict().items()))
 
-    np.savez(folder / "policy.npz", Q=Q, policy=greedy(Q), args=json.dumps(asdict(args)), algorithm=ALGORITHM)
+    policy = greedy(Q)
+    np.savez(folder / "policy.npz", Q=Q, policy=policy, args=json.dumps(asdict(args)), algorithm=ALGORITHM)
     draw(env, P, Q, errors, counted).savefig(folder / "picture.png")
     film(env, P, r, rounds["value iteration"], args, folder / "sweeps.gif")
-    play(as_function(greedy(Q)), env, args, folder / "video.gif")
+    play(as_function(policy), env, args, folder / "video.gif")
     script, place = f"python {sys.argv[0]}", shlex.quote(str(folder))
     print(f"picture: {folder / 'picture.png'}\nto watch it: {script} --evaluate {place} --capture-video")
 
