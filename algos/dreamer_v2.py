@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.3,<2", "ale-py>=0.11.1,<1", "tyro>=1.0,<2",
+#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.3,<2", "ale-py>=0.11.1,<1", "tyro>=1.0.16,<2",
 #     "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "pillow>=11,<14", "matplotlib>=3.9,<4", "pygame-ce>=2.5,<3",
 # ]
 # ///
@@ -31,7 +31,7 @@ Symbols: x_t → obs; (h_t, z_t) → State; q(z_t|h_t, x_t) → RSSM.posterior, 
     η → entropy_scale.
 
 Usage (return: mean and 95 % interval over seeds; docs/dreamer_v2.md has the curves):
-    python algos/dreamer_v2.py                                # 5.4 minutes, return 1.000 [1.000, 1.000]
+    python algos/dreamer_v2.py                                # return 1.000 [1.000, 1.000]
     python algos/dreamer_v2.py --latent gaussian              # the paper's ablation
     python algos/dreamer_v2.py freeway --device cuda          # Atari at the code's settings
     uv run --with dm_control --with "mujoco<4" algos/dreamer_v2.py walker --device cuda

@@ -153,6 +153,8 @@ def test_the_truncated_gaussian_is_one():
 
         inputs = [torch.tensor([x]).double().requires_grad_() for x in (mean, std)]
         assert torch.autograd.gradcheck(sample, inputs, eps=1e-6, atol=1e-4)
+    at_the_bounds = dreamer.TruncatedNormal(torch.tensor([-1.0, 1.0]).double(), torch.tensor(1e-9).double()).rsample()
+    assert at_the_bounds.tolist() == pytest.approx([-1 + 1e-6, 1 - 1e-6], abs=1e-8)
 
 
 def test_the_policy_is_a_truncated_gaussian_or_a_categorical():
@@ -165,6 +167,9 @@ def test_the_policy_is_a_truncated_gaussian_or_a_categorical():
     logits, policy = agent.actor.net(features), agent.actor(features)
     assert torch.allclose(policy.probs, logits.softmax(1))
     assert torch.equal(policy.mode, F.one_hot(logits.argmax(1), 3).float())
+    agent.act(np.zeros(4, np.float32))
+    agent.reset()
+    assert not agent.action.any() and not agent.h.any() and not agent.z.any()  # as before an episode
 
 
 @pytest.mark.parametrize(("env", "share"), [(DiscreteEnv, 1.0), (DiscreteEnv, 0.6), (Env, 0.0), (Env, 0.9)])
