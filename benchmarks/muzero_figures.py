@@ -8,7 +8,7 @@ network's policy alone, and the search, give away what perfect play would have. 
 benchmarks/results/muzero_boards.csv.
 """
 
-import csv
+import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from figure_runs import load
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "algos"), str(ROOT / "benchmarks")]
+from report import write_csv  # noqa: E402
+
 BATCH = 512  # positions that are searched at the same time
 
 
@@ -35,7 +35,6 @@ class Args:
     games: int = 200  # games against each opponent
     depth: int = 2  # moves that minimax looks ahead in Connect Four: 1 wins if it can, 2 also prevents a win
     save: bool = False  # write benchmarks/results/muzero_boards.csv
-    out: Path = ROOT  # the results are written under this folder
 
 
 class Minimax:
@@ -111,7 +110,7 @@ def mistakes(module: ModuleType, agent: torch.nn.Module, perfect: Minimax) -> tu
 def measure(folder: Path, args: Args) -> list[list]:
     """Measures of a run: name and value."""
     algorithm = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["algorithm"]
-    module = load(algorithm)
+    module = importlib.import_module(algorithm)
     agent = module.load_policy(str(folder))
     game, rows = module.make_env(agent.args).unwrapped, []
     if not hasattr(game, "opponent"):
@@ -140,10 +139,7 @@ def main(args: Args) -> None:
         sys.exit("name at least one run folder")
     rows = [[folder.name, *row] for folder in args.runs for row in measure(folder, args)]
     if args.save:
-        path = args.out / "benchmarks" / "results" / "muzero_boards.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([["run", "measure", "value"], *rows])
+        write_csv(ROOT / "benchmarks" / "results" / "muzero_boards.csv", ("run", "measure", "value"), rows)
 
 
 if __name__ == "__main__":
