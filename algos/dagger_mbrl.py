@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "numpy>=2.0,<3", "gymnasium>=1.3,<2", "tyro>=1.0,<2", "pillow>=11,<14", "matplotlib>=3.9,<4",
+#     "numpy>=2.0,<3", "gymnasium>=1.3,<2", "tyro>=1.0.16,<2", "pillow>=11,<14", "matplotlib>=3.9,<4",
 # ]
 # ///
 """DAgger for model learning: fit the model on what an expert sees and on what its own plans see, half and half.

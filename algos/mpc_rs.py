@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.3,<2", "mujoco>=3.3,<5", "imageio>=2.34,<3", "tyro>=1.0,<2",
+#     "torch==2.13.0", "numpy>=2.0,<3", "gymnasium>=1.3,<2", "mujoco>=3.3,<5", "imageio>=2.34,<3", "tyro>=1.0.16,<2",
 #     "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "pillow>=11,<14", "matplotlib>=3.9,<4", "pygame-ce>=2.5,<3",
 # ]
 # ///
@@ -153,10 +153,11 @@ def network_loss(model: Network, x: Tensor, y: Tensor, terminated: Tensor) -> Te
 
 def minibatches(rows: int, args: Args) -> Iterator[Tensor]:
     """The rows of each minibatch of one epoch, which passes once over D_RAND and samples the rest from D_RL."""
+    on = {"device": args.device}
     new = min(round(args.new_fraction * args.batch_size), rows - args.random_steps)  # at first D_RL is small
     old = min(args.batch_size - new, args.random_steps)
-    for chunk in torch.randperm(args.random_steps)[: args.random_steps // old * old].split(old):
-        yield torch.cat([chunk, torch.randint(args.random_steps, max(rows, args.random_steps + 1), (new,))])
+    for chunk in torch.randperm(args.random_steps, **on)[: args.random_steps // old * old].split(old):
+        yield torch.cat([chunk, torch.randint(args.random_steps, max(rows, args.random_steps + 1), (new,), **on)])
 
 
 def fit(model: Network, optimizer: torch.optim.Optimizer, data: "Transitions", args: Args) -> float:
@@ -223,8 +224,8 @@ class Agent(nn.Module):
         # Eq. 4: A_t^(H) = argmax Σ_{t'=t}^{t+H−1} r(ŝ_{t'}, a_{t'})
         _, returns = self.imagine(s.expand(args.candidates, -1), actions)
         # A model may overflow far from its data: such a candidate is the worst of all.
-        best = torch.where(returns.isfinite(), returns, -1e30).argmax()
-        return actions[best, 0].cpu().numpy()
+        best = torch.where(returns.isfinite(), returns, -1e30).argmax(0, keepdim=True)
+        return actions[best, 0][0].cpu().numpy()
 
 
 # ── What the model believes ───────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "numpy>=2.0,<3", "gymnasium>=1.3,<2", "tyro>=1.0,<2", "pillow>=11,<14", "matplotlib>=3.9,<4", "pygame-ce>=2.5,<3",
+#     "numpy>=2.0,<3", "gymnasium>=1.3,<2", "tyro>=1.0.16,<2", "pillow>=11,<14", "matplotlib>=3.9,<4",
+#     "pygame-ce>=2.5,<3",
 # ]
 # ///
 """Dynamic programming: plan with a model that is known, then with one that is only counted.

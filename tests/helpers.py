@@ -24,12 +24,20 @@ CLOCK_TAGS = ("time/", "charts/SPS")  # what depends on the clock and not on the
 
 def load(path: Path):
     """A script as a module; the same module each time."""
-    name = f"{path.stem}_{abs(hash(path))}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return sys.modules.get(module_name(path)) or load_again(path)
+
+
+def module_name(path: Path) -> str:
+    return f"{path.stem}_{abs(hash(path))}"
+
+
+def load_again(path: Path):
+    name, before = module_name(path), sys.modules.get(module_name(path))
+    spec = importlib.util.spec_from_file_location(name, path)
+    made = sys.modules[name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for their types
+    spec.loader.exec_module(made)
+    sys.modules[name] = before or made
+    return made
 
 
 def module(name: str):

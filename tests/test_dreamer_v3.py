@@ -407,13 +407,13 @@ def test_a_run_updates_as_often_as_the_ratio_says(tmp_path, monkeypatch):
         dreamer, "world_model_loss", lambda world, batch, args: seen.append(batch) or loss(world, batch, args)
     )
     flags = (
-        "--env-id Pendulum-v1 --total-timesteps 600 --learning-starts 100 --train-ratio 8 --batch-size 4 --horizon 2 "
+        "--env-id Pendulum-v1 --total-timesteps 600 --learning-starts 100 --train-ratio 2 --batch-size 4 --horizon 2 "
     )
     flags += "--batch-length 4 --episodes 1 --eval-every 5000 --picture-every 5000 --size tiny --device cpu"
     dreamer.main([*flags.split(), "--run-dir", str(tmp_path / "run")])
     trained = [x for x in seen if x.obs.shape[:2] == (4, 4)]
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert len(trained) == state["agent"]["updates"] == 250  # half an update for each of 500 steps
+    assert len(trained) == state["agent"]["updates"] == 63  # an eighth of an update for each step from 100 to 599
     assert state["optimizer"]["param_groups"][0]["lr"] == 2e-4 and state["replay"]["size"] == 603
     rows = state["replay"]["rows"]
     assert rows["first"].nonzero().flatten().tolist() == [0, 201, 402] and not rows["terminated"].any()

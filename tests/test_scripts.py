@@ -48,9 +48,10 @@ TINY = {
     "gumbel_muzero": f"{SEARCH} --considered 2",
     "dyna_q": "--env-id Taxi-v4 --planning-steps 5 --epsilon 0.8",  # nobody arrives within its 200 steps
 }
-COMMON = "--env-id Pendulum-v1 --total-timesteps 400 --eval-every 200 --episodes 1 --picture-every 200"
+COMMON = "--env-id Pendulum-v1 --total-timesteps 400 --eval-every 200 --episodes 1 --picture-every 400"
 SHORT = {"vin", "dyna_q", "muzero", "gumbel_muzero"}  # whose episodes may be
 TOGETHER = {"icm", "muzero", "gumbel_muzero"}  # which take 200 steps at once
+slow = pytest.mark.slow
 every_file = pytest.mark.parametrize("name", TRAINED)
 TRANSITIONS = [name for name in TRAINED if hasattr(module(name), "Replay") and name not in TOGETHER]
 with_replay = pytest.mark.parametrize("name", TRANSITIONS)
@@ -99,6 +100,7 @@ def command(*words, cwd=None, **kwargs):
 # ── Each file ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@slow
 @every_file
 def test_runs_alone_in_an_empty_folder(name, tmp_path):
     shutil.copy(ROOT / "algos" / f"{name}.py", tmp_path)
@@ -131,7 +133,7 @@ def test_every_tag_of_the_page_is_written(name, whole):
 
 @every_file
 def test_same_seed_same_run_and_looking_changes_nothing(name, whole, tmp_path):
-    again = run(name, "--eval-every 400 --picture-every 400 --episodes 2 --checkpoint-every 200", tmp_path / "again")
+    again = run(name, "--eval-every 400 --picture-every 200 --episodes 2 --checkpoint-every 200", tmp_path / "again")
     assert differences(learned(again), learned(checkpoint(whole(name)))) == []
 
 
@@ -248,6 +250,7 @@ def test_a_time_limit_is_not_a_terminal_state(name, whole):
     assert replay.rows().episode[:, 0].unique().tolist() == [0, 200]
 
 
+@slow
 @pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in TRAINED for preset in module(name).PRESETS])
 def test_every_preset_starts(name, preset, tmp_path):
     args = module(name).PRESETS[preset][1]
@@ -278,6 +281,7 @@ def test_help_fits_on_two_screens(name, capsys):
     assert exit.value.code == 0 and len(capsys.readouterr().out.splitlines()) <= 120
 
 
+@slow
 @pytest.mark.parametrize("name", TABULAR)
 def test_a_file_that_plans_in_seconds(name, tmp_path, monkeypatch, capsys):
     """It runs alone, twice alike, plays again, and refuses what is wrong in one sentence."""
@@ -312,6 +316,7 @@ def test_a_file_that_plans_in_seconds(name, tmp_path, monkeypatch, capsys):
         assert exit.value.code == 2 and word in error and "Traceback" not in error
 
 
+@slow
 @pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in TABULAR for preset in module(name).PRESETS])
 def test_every_tabular_preset_runs(name, preset, tmp_path):
     fewer = ["--iterations", "2"] if hasattr(module(name).Args, "iterations") else []
@@ -417,6 +422,7 @@ def test_a_checkpoint_is_written_about_every_minute(tmp_path, monkeypatch):
     assert saved == [200, 400]
 
 
+@slow
 def test_killed_and_continued(tmp_path):
     """SIGKILL at any moment leaves a complete checkpoint; the steps since are taken again and shown once."""
     flags = f"{COMMON} {TINY['pets']} --total-timesteps 100000 --eval-every 100000 --checkpoint-every 200"
@@ -433,6 +439,7 @@ def test_killed_and_continued(tmp_path):
     assert list(returns) == list(range(200, step + 201, 200))
 
 
+@slow
 def test_a_second_signal_stops_at_once(tmp_path):
     flags = f"{COMMON} {TINY['pets']} --total-timesteps 100000 --random-steps 99000 --env-id own_task:Own-v0"
     (tmp_path / "own_task.py").write_text(OWN.replace("self.s[1] > 1, ", "__import__('time').sleep(0.05) or False, "))
