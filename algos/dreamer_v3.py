@@ -181,14 +181,13 @@ def bins(device: torch.device) -> Tensor:
     return torch.cat([-positive[1:].flip(0), positive]).to(device)
 
 
-def two_hot(y: Tensor) -> Tensor:
-    """Weights [..., 255] of the two bins around y, so that their mean is y."""
+def two_hot(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The two bins around y [..., 2], and their weights [..., 2], so that the weighted mean is y."""
     B = bins(y.device)
     y = y.clamp(B[0], B[-1])
     k = torch.searchsorted(B, y.contiguous(), right=True).clamp(1, len(B) - 1) - 1  # B_k ≤ y ≤ B_{k+1}
     upper = (y - B[k]) / (B[k + 1] - B[k])
-    weights = torch.zeros(*y.shape, len(B), device=y.device)
-    return weights.scatter(-1, k[..., None], 1 - upper[..., None]).scatter(-1, k[..., None] + 1, upper[..., None])
+    return torch.stack([k, k + 1], -1), torch.stack([1 - upper, upper], -1)
 
 
 def two_hot_mean(logits: Tensor) -> Tensor:
@@ -199,7 +198,8 @@ def two_hot_mean(logits: Tensor) -> Tensor:
 
 def two_hot_loss(logits: Tensor, y: Tensor) -> Tensor:
     # −Σ_i twohot(y)_i ln softmax(f(x))_i
-    return -(two_hot(y) * logits.log_softmax(-1)).sum(-1)
+    index, weights = two_hot(y)
+    return -(weights * logits.log_softmax(-1).gather(-1, index)).sum(-1)
 
 
 # ── The algorithm: the world model ────────────────────────────────────────────────────────────────────────────────
@@ -213,15 +213,19 @@ class ChannelNorm(nn.RMSNorm):
 
 
 class BlockLinear(nn.Module):
-    """A linear layer with a block-diagonal matrix: [..., blocks, inputs] → [..., blocks, outputs]"""
+    """A linear layer with a block-diagonal matrix: [N, blocks · inputs] → [N, blocks · outputs]. All blocks also see
+    `shared` [N, shared]."""
 
-    def __init__(self, blocks: int, inputs: int, outputs: int):
+    def __init__(self, blocks: int, inputs: int, outputs: int, shared: int = 0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(blocks, outputs))
+        self.shared_weight = nn.Parameter(torch.empty(blocks * outputs, shared)) if shared else None
+        self.bias = nn.Parameter(torch.empty(blocks * outputs))
+        self.all_inputs = blocks * (inputs + shared)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("...bi,bio->...bo", x, self.weight) + self.bias
+    def forward(self, x: Tensor, shared: Optional[Tensor] = None) -> Tensor:
+        x = torch.bmm(x.unflatten(1, (len(self.weight), -1)).transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
+        return x + (self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias))
 
 
 def layers(inputs: int, width: int, number: int) -> nn.Sequential:
@@ -268,18 +272,17 @@ class ImageDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         z, h = features[:, : self.z_size], features[:, self.z_size :]
-        x = self.from_h(h.unflatten(-1, (8, -1))).flatten(1) + self.from_z(z)
+        x = self.from_h(h) + self.from_z(z)
         return self.blocks(F.silu(self.norm(x.unflatten(-1, (self.first, 4, 4))))).sigmoid()
 
 
 def paper_init(module: nn.Module) -> None:
     """Truncated normal weights with variance 1 / inputs, and zero biases; block-linear layers count all inputs."""
     if isinstance(module, nn.Linear | nn.Conv2d | BlockLinear):
-        blocks = isinstance(module, BlockLinear)
-        inputs = math.prod(module.weight.shape[:2]) if blocks else module.weight[0].numel()
+        inputs = module.all_inputs if isinstance(module, BlockLinear) else module.weight[0].numel()
         std = 1.1368 / math.sqrt(inputs)  # the truncation at two stds makes it 1 / √inputs
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-        nn.init.zeros_(module.bias)
+        for p in module.parameters(recurse=False):
+            nn.init.zeros_(p) if p is module.bias else nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
 
 
 class State(NamedTuple):
@@ -309,7 +312,7 @@ class RSSM(nn.Module):
         size, self.unimix = SIZES[args.size], args.unimix
         self.shape, self.sizes = (size.stoch, size.classes), (size.deter, size.stoch * size.classes)
         self.h_in, self.z_in, self.a_in = (layers(n, size.units, 1) for n in (*self.sizes, actions))
-        self.hidden = BlockLinear(self.BLOCKS, size.deter // self.BLOCKS + 3 * size.units, size.deter // self.BLOCKS)
+        self.hidden = BlockLinear(self.BLOCKS, size.deter // self.BLOCKS, size.deter // self.BLOCKS, 3 * size.units)
         self.norm = nn.RMSNorm(size.deter, 1e-4)
         self.gates = BlockLinear(self.BLOCKS, size.deter // self.BLOCKS, 3 * size.deter // self.BLOCKS)
         self.prior_net = dense(size.deter, size.units, 2, self.sizes[1])
@@ -324,9 +327,8 @@ class RSSM(nn.Module):
     def gru(self, h: Tensor, z: Tensor, action: Tensor) -> Tensor:
         """A GRU whose blocks see their own part of h, and everything else. The −1 biases the gate towards keeping h."""
         x = torch.cat([self.h_in(h), self.z_in(z), self.a_in(action / action.abs().clamp(min=1))], -1)
-        parts = torch.cat([h.unflatten(-1, (self.BLOCKS, -1)), x[:, None].expand(-1, self.BLOCKS, -1)], -1)
-        hidden = F.silu(self.norm(self.hidden(parts).flatten(1))).unflatten(-1, (self.BLOCKS, -1))
-        reset, new, update = (gate.flatten(1) for gate in self.gates(hidden).float().chunk(3, -1))
+        gates = self.gates(F.silu(self.norm(self.hidden(h, x)))).float().unflatten(1, (self.BLOCKS, 3, -1))
+        reset, new, update = (gate.flatten(1) for gate in gates.unbind(2))
         update = (update - 1).sigmoid()
         return update * torch.tanh(reset.sigmoid() * new) + (1 - update) * h
 
@@ -478,21 +480,21 @@ def lambda_return(reward: Tensor, value: Tensor, continues: Tensor, lambda_: flo
     return torch.stack(returns[::-1], 1)
 
 
-def critic_loss(agent: "Agent", features: Tensor, returns: Tensor) -> Tensor:
-    """Of the distribution: towards the returns, and towards the values of the slow critic."""
-    logits, slow = agent.critic(features).float(), two_hot_mean(agent.slow_critic(features).float()).detach()
+def critic_loss(agent: "Agent", features: Tensor, logits: Tensor, returns: Tensor) -> Tensor:
+    """Of the critic's logits in all states but the last: towards the returns, and towards the slow critic's values."""
+    with torch.no_grad():
+        slow = two_hot_mean(agent.slow_critic(features[:, :-1]).float())
     # L(ψ) = −ln p_ψ(R^λ_t|s_t) − ln p_ψ(v_slow(s_t)|s_t)
-    return two_hot_loss(logits, returns) + two_hot_loss(logits, slow)
+    return two_hot_loss(logits[:, :-1], returns) + two_hot_loss(logits[:, :-1], slow)
 
 
 def behaviour_losses(agent: "Agent", states: State, batch: "Sequences", args: Args) -> tuple[Tensor, dict]:
     """Steps (2) and (3): the loss of policy and critic, and metrics."""
     world = agent.world
+    features, actions = imagine(world, agent.actor, *(x.flatten(0, 1) for x in (states.h, states.z)), args.horizon)
+    logits = agent.critic(features).float()
     with torch.no_grad():
-        h, z = (x.flatten(0, 1) for x in (states.h, states.z))
-        features, actions = imagine(world, agent.actor, h, z, args.horizon)
-        reward, continues = world.reward(features), world.continues(features)
-        value = two_hot_mean(agent.critic(features).float())
+        reward, continues, value = world.reward(features), world.continues(features), two_hot_mean(logits)
         returns = lambda_return(reward, value, continues, args.return_lambda)
         weights = continues[:, :-1].cumprod(1)  # the probability that an imagined state is reached
         scale = agent.return_scale(returns)
@@ -500,14 +502,15 @@ def behaviour_losses(agent: "Agent", states: State, batch: "Sequences", args: Ar
     policy = agent.actor(features[:, :-1])
     entropy, advantage = policy.entropy(), (returns - value[:, :-1]) / scale
     actor_loss = -(weights * (policy.log_prob(actions) * advantage + args.entropy_scale * entropy)).mean()
-    value_loss = (weights * critic_loss(agent, features[:, :-1], returns)).mean()
+    value_loss = (weights * critic_loss(agent, features, logits, returns)).mean()
     # The sampled rows train the critic and, by its gradient, the world model. Their values are the imagined returns.
     imagined = returns[:, 0].unflatten(0, batch.reward.shape)
     last = torch.cat([batch.first[:, 1:], torch.zeros_like(batch.first[:, :1])], 1)  # a new episode follows
     replayed = lambda_return(
         batch.reward, imagined, args.gamma * (1 - batch.terminated), args.return_lambda * (1 - last)
     )
-    replay_loss = ((1 - last[:, :-1]) * critic_loss(agent, states.features()[:, :-1], replayed)).mean()
+    seen = states.features()
+    replay_loss = ((1 - last[:, :-1]) * critic_loss(agent, seen, agent.critic(seen).float(), replayed)).mean()
     metrics = {"losses/actor": actor_loss, "losses/value": value_loss, "losses/replay_value": replay_loss}
     metrics |= {"model/policy_entropy": entropy.mean(), "model/return_scale": scale}
     for name, x in (("reward", reward), ("return", returns), ("value", value)):

@@ -20,13 +20,8 @@ def random_task(seed, ends=True):
     P, r = rng.dirichlet(np.full(states, 0.5), (states, actions)), rng.normal(size=(states, actions))
     if ends and seed % 2:
         P *= rng.random((states, actions, 1))
-    return (
-        P,
-        r,
-        replace(
-            ARGS, gamma=0.999 if seed % 50 == 0 else float(rng.choice([0.3, 0.9, 0.97])), evaluation_sweeps=seed % 7 + 1
-        ),
-    )
+    gamma = 0.999 if seed % 50 == 0 else float(rng.choice([0.3, 0.9, 0.97]))
+    return P, r, replace(ARGS, gamma=gamma, evaluation_sweeps=seed % 7 + 1)
 
 
 def best(P, r, args, method=dp.policy_iteration):
@@ -199,26 +194,13 @@ def test_own_tasks_and_settings():
 
 
 def test_what_a_run_prints_and_writes(tmp_path, capsys):
-    dp.main(
-        [
-            "--env-id",
-            "RandomMDP-v0",
-            "--gamma",
-            "0.9",
-            "--samples",
-            "64",
-            "--episodes",
-            "3",
-            "--run-dir",
-            str(tmp_path / "run"),
-        ]
-    )
+    flags = "--env-id RandomMDP-v0 --gamma 0.9 --samples 64 --episodes 3 --run-dir"
+    dp.main([*flags.split(), str(tmp_path / "run")])
     out, (P, r) = capsys.readouterr().out, dp.model_of(dp.random_mdp(1))
     *_, V = dp.sweeps_of(lambda V: np.mean([r[:, a] + 0.9 * P[:, a] @ V for a in range(4)], 0), 20, 1e-9)
     assert f"acting at random V(start) = {V.mean():.6f}" in " ".join(out.split())
-    assert [line.split(",")[0] for line in out.splitlines() if "q_error" in line] == [
-        f"samples {n}" for n in (4, 16, 64)
-    ]
+    samples = [line.split(",")[0] for line in out.splitlines() if "q_error" in line]
+    assert samples == ["samples 4", "samples 16", "samples 64"]
     rows = [line.split(",") for line in (tmp_path / "run" / "rounds.csv").read_text().splitlines()[1:]]
     assert {row[0] for row in rows} == {*dp.METHODS} and all(float(row[3]) < 1e-9 for row in rows if row[1] == "246")
     V = best(P, r, replace(ARGS, gamma=0.9))
@@ -232,12 +214,8 @@ def test_the_tasks_in_the_file():
     grid, gambler = dp.gridworld(), dp.gambler()
     assert {s2 for row in grid.P.values() for moves in row.values() for _, s2, _, end in moves if end} == {0, 15}
     assert grid.initial_state_distrib.tolist() == [0, *[1 / 14] * 14, 0] and gambler.initial_state_distrib[50] == 1
-    assert (grid.observation_space.n, grid.action_space.n, gambler.observation_space.n, gambler.action_space.n) == (
-        16,
-        4,
-        101,
-        50,
-    )
+    assert [task.observation_space.n for task in (grid, gambler)] == [16, 101]
+    assert [task.action_space.n for task in (grid, gambler)] == [4, 50]
     for s, a in ((30, 9), (30, 40), (80, 49), (50, 49)):  # state, action: the stake is what is there or missing at most
         stake = min(a + 1, s, 100 - s)
         (p, up, won, end), (q, down, lost, broke) = gambler.P[s][a]
