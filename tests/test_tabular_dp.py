@@ -1,6 +1,8 @@
 """The mathematics of tabular_dp.py against enumeration, closed forms and the book's figures."""
 
 import itertools
+import re
+import sys
 from dataclasses import replace
 
 import gymnasium as gym
@@ -141,6 +143,8 @@ def test_equal_actions_keep_the_old_one():
     P, r, args = random_task(6)
     P, r = np.concatenate([P, P], 1), np.concatenate([r, r], 1)
     assert len([*dp.policy_iteration(P, r, args)]) < 20
+    flips = lambda V: np.array([0, 1e6 + 1.2e-10 * (V[1] <= 1e6)])  # noqa: E731, by the last bit of the largest value
+    assert len([*dp.sweeps_of(flips, 2, 1e-30)]) == 2
 
 
 def test_the_model_of_an_environment():
@@ -179,7 +183,7 @@ def test_the_error_of_planning_with_counted_models():
     assert exact.suboptimality == pytest.approx(0, abs=1e-9) and exact.q_error < 1e-3
 
 
-def test_own_tasks_and_settings():
+def test_own_tasks_and_settings(monkeypatch):
     one, two, other = (dp.make_env(replace(dp.PRESETS["random"][1], seed=seed)) for seed in (3, 3, 4))
     assert one.unwrapped.P == two.unwrapped.P != other.unwrapped.P
     assert dp.make_env(replace(ARGS, time_limit=7)).spec.max_episode_steps == 7
@@ -188,31 +192,44 @@ def test_own_tasks_and_settings():
             replace(ARGS, **changes)
     with pytest.raises(dp.UserError, match="do not converge"):  # no episode ends
         dp.evaluate(np.ones((1, 1, 1)), np.ones((1, 1)), np.array([0]), 1.0)
+    large = dp.TableEnv({s: dict.fromkeys(range(20)) for s in range(5_000)}, np.full(5_000, 1 / 5_000))
+    monkeypatch.setattr(dp.gym, "make", lambda *_, **__: large)
+    with pytest.raises(dp.UserError, match="does not fit in memory"):
+        dp.make_env(ARGS)
+    monkeypatch.undo()
     with pytest.raises(dp.UserError, match="has no table"):
         dp.make_env(replace(ARGS, env_id="CartPole-v1"))
     assert isinstance(dp.make_env(ARGS), gym.wrappers.RecordEpisodeStatistics)
 
 
-def test_what_a_run_prints_and_writes(tmp_path, capsys):
-    flags = "--env-id RandomMDP-v0 --gamma 0.9 --samples 64 --episodes 3 --run-dir"
+def test_what_a_run_prints_and_writes(tmp_path, capsys, monkeypatch):
+    shown, draw = [], dp.draw_values
+    monkeypatch.setattr(dp, "draw_values", lambda *x: shown.append(x[3]) or draw(*x))
+    flags = "--env-id RandomMDP-v0 --gamma 0.9 --tolerance 0.1 --samples 64 --episodes 3 --capture-video --run-dir"
     dp.main([*flags.split(), str(tmp_path / "run")])
-    out, (P, r) = capsys.readouterr().out, dp.model_of(dp.random_mdp(1))
+    out, (P, r) = " ".join(capsys.readouterr().out.split()), dp.model_of(dp.random_mdp(1))
     *_, V = dp.sweeps_of(lambda V: np.mean([r[:, a] + 0.9 * P[:, a] @ V for a in range(4)], 0), 20, 1e-9)
-    assert f"acting at random V(start) = {V.mean():.6f}" in " ".join(out.split())
-    samples = [line.split(",")[0] for line in out.splitlines() if "q_error" in line]
-    assert samples == ["samples 4", "samples 16", "samples 64"]
+    assert f"acting at random V(start) = {V.mean():.6f}" in out and f"python {sys.argv[0]} --evaluate" in out
+    assert re.findall(r"samples (\d+), bound", out) == ["4", "16", "64"]
     rows = [line.split(",") for line in (tmp_path / "run" / "rounds.csv").read_text().splitlines()[1:]]
-    assert {row[0] for row in rows} == {*dp.METHODS} and all(float(row[3]) < 1e-9 for row in rows if row[1] == "246")
-    V = best(P, r, replace(ARGS, gamma=0.9))
-    first = next(row for row in rows if row[:2] == ["value iteration", "1"])
-    assert [float(x) for x in first[2:]] == pytest.approx([r.max(1).mean(), abs(V - r.max(1)).max()], rel=1e-3)
-    with Image.open(tmp_path / "run" / "sweeps.gif") as film:
-        assert film.size == (320, 320) and film.info["duration"] == 400 and film.n_frames == 18
+    V, args = best(P, r, replace(ARGS, gamma=0.9)), replace(ARGS, gamma=0.9, tolerance=0.1)
+    for name, method in dp.METHODS.items():
+        history = [*method(P, r, args)]
+        wanted = [(k + 1, x.mean(), abs(x - V).max()) for k, x in enumerate(history)]
+        found = [[float(x) for x in row[1:]] for row in rows if row[0] == name]
+        assert np.array(found) == pytest.approx(np.array(wanted), rel=1e-3, abs=1e-9)
+        assert f"{name} {len(history)} rounds" in out and f"V(start) = {history[-1].mean():.6f}" in out
+    sweeps = [*dp.value_iteration(P, r, args)]  # the picture, then the first and other sweeps
+    assert [shown[k] for k in (0, 1, -1)] == [pytest.approx(r + 0.9 * (P @ x)) for x in (V, sweeps[0], sweeps[-1])]
+    with Image.open(tmp_path / "run" / "sweeps.gif") as film, Image.open(tmp_path / "run" / "video.gif") as video:
+        assert film.size == (320, 320) and film.info["duration"] == 400 and film.n_frames == len(shown) - 1
+        assert video.info["duration"] == 250 and video.size == (320, 16)
 
 
 def test_the_tasks_in_the_file():
     grid, gambler = dp.gridworld(), dp.gambler()
     assert {s2 for row in grid.P.values() for moves in row.values() for _, s2, _, end in moves if end} == {0, 15}
+    assert grid.P[15][0] == [(1.0, 15, 0.0, True)]
     assert grid.initial_state_distrib.tolist() == [0, *[1 / 14] * 14, 0] and gambler.initial_state_distrib[50] == 1
     assert [task.observation_space.n for task in (grid, gambler)] == [16, 101]
     assert [task.action_space.n for task in (grid, gambler)] == [4, 50]
