@@ -79,7 +79,7 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     considered: int = 16  # actions that are considered at a root, at most
     c_visit: float = 50.0  # c_visit of σ
     c_scale: float = 0.1  # c_scale of σ: how far values change the policy
-    gamma: float = 0.98  # γ: discount factor
+    gamma: float = 0.997  # γ: discount factor
     n_steps: int = 10  # n of the n-step returns
     unroll: int = 5  # K: steps that the model is unrolled for
     reanalyze: float = 1.0  # old positions that are searched again for each move

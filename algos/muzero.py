@@ -81,7 +81,7 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     noise_alpha: float = 0.25  # α of the Dirichlet noise in the prior of a root
     noise_share: float = 0.25  # share of this noise
     cooling: bool = True  # the temperature T is 1, 0.5 and 0.25 up to 50, 75 and 100 % of the run; else it is 1
-    gamma: float = 0.98  # γ: discount factor
+    gamma: float = 0.997  # γ: discount factor
     n_steps: int = 10  # n of the n-step returns
     unroll: int = 5  # K: steps that the model is unrolled for
     reanalyze: float = 1.0  # old positions that are searched again for each move
