@@ -33,6 +33,8 @@ BUDGET = {
     "pddm": PLANNER,
     "mbpo": "--total-timesteps 700 --random-steps 200 --epoch-steps 100 --model-every 100 --rollouts 5000 --updates 5",
     "mage": "--total-timesteps 900 --random-steps 200 --updates 5",
+    "planet": "--action-repeat 1 --total-timesteps 500 --random-steps 300 --updates 40 --batch-length 10 --horizon 5 "
+    "--decoder-std 0.1 --reward-scale 1 --learning-rate 3e-3",
     "dreamer_v1": f"{DREAMER} --action-repeat 1 --batch-size 16 --reward-scale 1 --value-learning-rate 1e-3",
     "dreamer_v2": f"{DREAMER} --reinforce-share 0 --entropy-scale 0.001 --no-ends",
     "dreamer_v3": "--total-timesteps 2000 --learning-rate 4e-4 --gamma 0.9 --horizon 6 --batch-length 8",

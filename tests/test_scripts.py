@@ -38,6 +38,9 @@ TINY = {
     "--reward-channels 9",
     # An update has 200 steps, in which episodes are half over.
     "icm": "--env-id CuriousMaze-v0 --envs 2 --horizon 100 --hidden 16 --model-hidden 16 --feature-size 8 --epochs 1",
+    "planet": "--action-repeat 1 --random-steps 100 --updates 2 --batch-size 4 --batch-length 8 --horizon 3 "
+    "--deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --candidates 4 --elites 2 --iterations 2 "
+    "--free-nats 0 --overshooting 3",
     "dreamer_v1": "--action-repeat 1 --random-steps 100 --train-every 40 --pretrain 2 --batch-size 4 --batch-length 8 "
     "--horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --free-nats 0 --ends",
     "dreamer_v2": "--random-steps 100 --train-every 40 --pretrain 2 --batch-size 4 --horizon 3 --deter-size 8 "
@@ -223,7 +226,7 @@ def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     task = "Choice-v0" if name in TOGETHER | {"dreamer_v2"} else "Own-v0"
-    vector = "--obs vector" if "dreamer" in name else ""
+    vector = "--obs vector" if "dreamer" in name or name == "planet" else ""
     with pytest.warns(UserWarning, match="no time limit"):
         after = run(name, f"--env-id own_task:{task} --total-timesteps 300 {vector}", tmp_path / "run")
     assert after["step"] == (400 if name in TOGETHER else 300)
