@@ -432,6 +432,7 @@ def draw_plan(agent: Agent, replay: "SequenceReplay", step: int) -> Figure:
         axis.plot(range(1, len(planned) + 1), planned, color="tab:orange", label="plan")
         axis.set_ylabel(label)
     axes[-1].legend(fontsize=7)
+    axes[-1].set_xlabel("actions ahead")
     return figure
 
 

@@ -39,6 +39,8 @@ DREAMER_1 = "--image-size 64 --batch-size 50 --batch-length 50 --horizon 15 --de
 DREAMER_1 += " --units 200 --dense-units 400 --value-layers 3 --actor-layers 4"
 DREAMER_2 = "--image-size 64 --batch-length 50 --horizon 15 --deter-size 600 --classes 32 --units 600 --depth 48"
 DREAMER_2 += " --dense-units 400 --dense-layers 4"
+PLANET = "--random-steps 200 --updates 1 --deter-size 200 --stoch-size 30 --units 200 --dense-units 300 --horizon 12"
+PLANET += " --candidates 1000 --elites 100 --iterations 10"
 MBPO = "invertedpendulum --random-steps 100 --rollouts 10000"
 SEARCH = "--reanalyze 0 --simulations 25"
 
@@ -75,6 +77,10 @@ CASES = [
     Case("vin", "maze16", "maze16", "Mazes.rows", "updates/s", update=True),
     Case("icm", "64 mazes and policy", "maze", "act", "steps/s", 64 * 64),
     Case("icm", "minibatch", "maze", "update", "updates/s"),
+    Case("planet", "plan, 200 × 15 actions, 5 rounds", "pendulum --random-steps 200 --updates 10", "plan", "plans/s"),
+    Case("planet", "plan, 1,000 × 12 actions, 10 rounds", f"pendulum {PLANET}", "plan", "plans/s", large=True),
+    Case("planet", "update, 16 × 32 vectors", "pendulum --random-steps 200", "SequenceReplay.sample", "updates/s",
+         update=True),
     Case("dreamer_v1", "update, 8 × 32 images of 32 × 32", "pendulum-pixels", "SequenceReplay.sample", "updates/s",
          update=True),
     Case("dreamer_v1", "update, 50 × 50 of 64 × 64", f"pendulum-pixels {DREAMER_1}", "SequenceReplay.sample",
