@@ -96,9 +96,9 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     dense_units: int = 64  # units per layer of the reward, and of the encoder and decoder of vectors
     learning_rate: float = 1e-3  # Adam's step size
     planner: Literal["cem", "shooting"] = "cem"  # shooting: the best of as many random sequences, an ablation
-    horizon: int = 15  # H: length of a plan in actions
+    horizon: int = 10  # H: length of a plan in actions
     candidates: int = 200  # J: sequences per round of the search
-    elites: int = 20  # K: sequences that the next round's distribution is fitted to
+    elites: int = 10  # K: sequences that the next round's distribution is fitted to
     iterations: int = 5  # I: rounds
     exploration: float = 0.3  # std of the noise added to actions
     random_data: bool = False  # act at random in training, an ablation

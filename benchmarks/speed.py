@@ -77,7 +77,7 @@ CASES = [
     Case("vin", "maze16", "maze16", "Mazes.rows", "updates/s", update=True),
     Case("icm", "64 mazes and policy", "maze", "act", "steps/s", 64 * 64),
     Case("icm", "minibatch", "maze", "update", "updates/s"),
-    Case("planet", "plan, 200 × 15 actions, 5 rounds", "pendulum --random-steps 200 --updates 10", "plan", "plans/s"),
+    Case("planet", "plan, 200 × 10 actions, 5 rounds", "pendulum --random-steps 200 --updates 10", "plan", "plans/s"),
     Case("planet", "plan, 1,000 × 12 actions, 10 rounds", f"pendulum {PLANET}", "plan", "plans/s", large=True),
     Case("planet", "update, 16 × 32 vectors", "pendulum --random-steps 200", "SequenceReplay.sample", "updates/s",
          update=True),
