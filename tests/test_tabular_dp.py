@@ -211,6 +211,7 @@ def test_what_a_run_prints_and_writes(tmp_path, capsys, monkeypatch):
     *_, V = dp.sweeps_of(lambda V: np.mean([r[:, a] + 0.9 * P[:, a] @ V for a in range(4)], 0), 20, 1e-9)
     assert f"acting at random V(start) = {V.mean():.6f}" in out and f"python {sys.argv[0]} --evaluate" in out
     assert re.findall(r"samples (\d+), bound", out) == ["4", "16", "64"]
+    assert all(0 <= float(seconds) < 60 for seconds in re.findall(r"rounds, (\S+) s,", out))
     rows = [line.split(",") for line in (tmp_path / "run" / "rounds.csv").read_text().splitlines()[1:]]
     V, args = best(P, r, replace(ARGS, gamma=0.9)), replace(ARGS, gamma=0.9, tolerance=0.1)
     for name, method in dp.METHODS.items():
@@ -229,7 +230,7 @@ def test_what_a_run_prints_and_writes(tmp_path, capsys, monkeypatch):
 def test_the_tasks_in_the_file():
     grid, gambler = dp.gridworld(), dp.gambler()
     assert {s2 for row in grid.P.values() for moves in row.values() for _, s2, _, end in moves if end} == {0, 15}
-    assert grid.P[15][0] == [(1.0, 15, 0.0, True)]
+    assert grid.P[15][0] == [(1.0, 15, 0.0, True)] and grid.P[14][3] == [(1.0, 15, -1.0, True)]
     assert grid.initial_state_distrib.tolist() == [0, *[1 / 14] * 14, 0] and gambler.initial_state_distrib[50] == 1
     assert [task.observation_space.n for task in (grid, gambler)] == [16, 101]
     assert [task.action_space.n for task in (grid, gambler)] == [4, 50]
