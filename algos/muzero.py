@@ -75,7 +75,7 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     total_timesteps: int = 30_000  # moves of all games together
     envs: int = 16  # N: games that are played at the same time
     round_moves: int = 50  # moves of each game between entries of the log
-    simulations: int = 25  # simulations per search
+    simulations: int = 50  # simulations per search
     c1: float = 1.25  # c₁: weight of the prior
     c2: float = 19_652.0  # c₂: number of visits from which on this weight grows
     noise_alpha: float = 0.25  # α of the Dirichlet noise in the prior of a root
@@ -128,13 +128,13 @@ class Args:  # tyro turns each field into a flag and each comment into its help
 PRESETS = {
     "cartpole": ("CartPole-v1: minutes", Args()),
     "tictactoe": ("tic-tac-toe, learned by playing against itself", Args(
-        "TicTacToe-v0", 200_000, envs=64, cooling=False, gamma=1.0, n_steps=9, reanalyze=0.0, noise_alpha=0.5,
-        train_every=16, batch_size=256, squash=False, support=1, hidden=256, blocks=1, eval_every=20_000,
-        picture_every=40_000, checkpoint_every=50_000, episodes=100)),
+        "TicTacToe-v0", 200_000, envs=64, simulations=25, cooling=False, gamma=1.0, n_steps=9, reanalyze=0.0,
+        noise_alpha=0.5, train_every=16, batch_size=256, squash=False, support=1, hidden=256, blocks=1,
+        eval_every=20_000, picture_every=40_000, checkpoint_every=50_000, episodes=100)),
     "mspacman": ("Ms. Pac-Man from pixels, with networks small enough for one core", Args(
-        "Atari/ms_pacman-v0", 100_000, round_moves=10, gamma=0.99, fresh_values=False, support=60, channels=16,
-        blocks=1, replay_size=50_000, train_every=8, batch_size=64, learning_rate=1e-3, value_weight=0.25,
-        eval_every=20_000, picture_every=50_000, checkpoint_every=25_000, episodes=10)),
+        "Atari/ms_pacman-v0", 100_000, round_moves=10, simulations=25, gamma=0.99, fresh_values=False, support=60,
+        channels=16, blocks=1, replay_size=50_000, train_every=8, batch_size=64, learning_rate=1e-3,
+        value_weight=0.25, eval_every=20_000, picture_every=50_000, checkpoint_every=25_000, episodes=10)),
 }  # fmt: skip
 
 
