@@ -74,8 +74,8 @@ def test_a_search_in_a_learned_model_balances_a_pole(name, tmp_path):
     """The best return is 500. The first run ends before the first update."""
     scores = []
     for run_dir, steps in ((tmp_path / "untrained", 800), (tmp_path / "trained", 4_000)):
-        words = f"cartpole --total-timesteps {steps} --eval-every 100000 --episodes 10 --run-dir".split()
-        module(name).main([*words, str(run_dir)])
+        words = f"cartpole --total-timesteps {steps} --gamma 0.98 --simulations 25 --eval-every 100000 --episodes 10"
+        module(name).main([*words.split(), "--run-dir", str(run_dir)])
         (score,) = scalars(run_dir)["eval/episodic_return"].values()
         scores.append(score)
     untrained, trained = scores
