@@ -38,8 +38,9 @@ Usage (return: mean and 95 % interval over seeds; docs/planet.md has the curves)
 
 Differences from the code: PyTorch's GRU applies the reset gate after the matrix product; sequences are sampled
 uniformly from all episodes, without preferring recent ones. The small presets have smaller networks, images and
-searches, and --decoder-std and --reward-scale, which weigh observations and rewards against the KL. Tasks must not end
-early: there is no continuation head, so the planner expects rewards after a terminal state too.
+searches, plan along means instead of samples, and have --decoder-std and --reward-scale, which weigh observations and
+rewards against the KL. Tasks must not end early: there is no continuation head, so the planner expects rewards after a
+terminal state too.
 """
 
 import argparse
@@ -79,7 +80,7 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     action_repeat: int = 2  # each action is repeated this many times; all settings in steps count the repeats
     total_timesteps: int = 5_000  # environment steps
     random_steps: int = 1_000  # initial steps with random actions, rounded up to whole episodes
-    updates: int = 100  # C: updates before each episode
+    updates: int = 200  # C: updates before each episode
     batch_size: int = 16  # B: sequences per update
     batch_length: int = 32  # L: rows per sequence
     replay_size: int = 1_000_000  # rows that are kept; the oldest episodes are dropped first
@@ -91,15 +92,15 @@ class Args:  # tyro turns each field into a flag and each comment into its help
     reward_weight: float = 10.0  # weight of the reward's loss, as in the code
     deter_size: int = 64  # size of h
     stoch_size: int = 16  # size of s
-    units: int = 64  # units of the layers in the RSSM
+    units: int = 64  # units of all layers but the convolutions
     depth: int = 8  # channels of the first convolution; each of the next has twice as many
-    dense_units: int = 64  # units per layer of the reward, and of the encoder and decoder of vectors
     learning_rate: float = 1e-3  # Adam's step size
     planner: Literal["cem", "shooting"] = "cem"  # shooting: the best of as many random sequences, an ablation
     horizon: int = 10  # H: length of a plan in actions
     candidates: int = 200  # J: sequences per round of the search
-    elites: int = 10  # K: sequences that the next round's distribution is fitted to
+    elites: int = 20  # K: sequences that the next round's distribution is fitted to
     iterations: int = 5  # I: rounds
+    sampled_plans: bool = False  # predict along samples of s, as the paper's larger search does; else along its means
     exploration: float = 0.3  # std of the noise added to actions
     random_data: bool = False  # act at random in training, an ablation
     seed: int = 1  # on one CPU, two runs with the same seed are identical
@@ -128,9 +129,9 @@ class Args:  # tyro turns each field into a flag and each comment into its help
 
 CONTROL = Args(
     "ControlSuite/cartpole-swingup", "pixels", image_size=64, action_repeat=8, total_timesteps=1_000_000,
-    random_steps=5_000, batch_size=50, batch_length=50, free_nats=3.0, decoder_std=1.0, reward_scale=1.0,
-    deter_size=200, stoch_size=30, units=200, depth=32, dense_units=300, horizon=12, candidates=1_000,
-    elites=100, iterations=10, eval_every=25_000, picture_every=25_000, checkpoint_every=25_000,
+    random_steps=5_000, updates=100, batch_size=50, batch_length=50, free_nats=3.0, decoder_std=1.0, reward_scale=1.0,
+    deter_size=200, stoch_size=30, units=200, depth=32, horizon=12, candidates=1_000,
+    elites=100, iterations=10, sampled_plans=True, eval_every=25_000, picture_every=25_000, checkpoint_every=25_000,
 )  # fmt: skip
 PRESETS = {
     "pendulum": ("Pendulum-v1 from its state vector: minutes", Args()),
@@ -223,17 +224,18 @@ class RSSM(nn.Module):
         """q(s_t|h_t, o_t): mean and std, given the encoded o_t"""
         return self.gaussian(self.posterior_net(torch.cat([h, embedded], -1)))
 
-    def step(self, h: Tensor, z: Tensor, action: Tensor, embedded: Optional[Tensor] = None) -> State:
+    def step(self, h: Tensor, z: Tensor, action: Tensor, embedded: Optional[Tensor] = None, sample=True) -> State:
         """h_t and s_t after a_{t−1}: from the posterior if o_t has been observed, otherwise from the prior."""
         h = self.recurrent(h, z, action)
         mean, std = self.prior(h) if embedded is None else self.posterior(h, embedded)
-        return State(h, mean if self.transitions == "deterministic" else mean + std * torch.randn_like(std), mean, std)
+        sample = sample and self.transitions != "deterministic"
+        return State(h, mean + std * torch.randn_like(std) if sample else mean, mean, std)
 
-    def unroll(self, h: Tensor, z: Tensor, actions: Tensor, embedded: Optional[Tensor] = None) -> State:
+    def unroll(self, h: Tensor, z: Tensor, actions: Tensor, embedded: Optional[Tensor] = None, sample=True) -> State:
         """States [B, T, ...] along actions [B, T, A]; action t leads to observation t, encoded as [B, T, E]."""
         states = []
         for t in range(actions.shape[1]):
-            states.append(self.step(h, z, actions[:, t], None if embedded is None else embedded[:, t]))
+            states.append(self.step(h, z, actions[:, t], None if embedded is None else embedded[:, t], sample))
             h, z = states[-1].h, states[-1].z
         return State(*(torch.stack(part, 1) for part in zip(*states, strict=True)))
 
@@ -253,12 +255,12 @@ class WorldModel(nn.Module):
             self.encoder = image_encoder(args.image_size, args.depth)
             self.decoder = image_decoder(features, args.image_size, args.depth)
         else:
-            self.encoder = nn.Sequential(dense(*shape, args.dense_units, 1, args.dense_units), nn.ReLU())
-            self.decoder = dense(features, args.dense_units, 2, *shape)
+            self.encoder = nn.Sequential(dense(*shape, args.units, 1, args.units), nn.ReLU())
+            self.decoder = dense(features, args.units, 2, *shape)
             self.register_buffer("mean", torch.zeros(shape))
             self.register_buffer("std", torch.ones(shape))
-        self.reward_head = dense(features, args.dense_units, 3, 1)
-        embedding = 4 * args.depth * args.image_size // 8 if self.images else args.dense_units
+        self.reward_head = dense(features, args.units, 3, 1)
+        embedding = 4 * args.depth * args.image_size // 8 if self.images else args.units
         self.rssm = RSSM(embedding, actions, args)
         self.apply(glorot_init).to(memory_format=torch.channels_last)  # faster convolutions
 
@@ -332,9 +334,9 @@ def plan(world: WorldModel, h: Tensor, z: Tensor, actions: int, args: Args) -> T
     shooting = args.planner == "shooting"
     n, rounds = (args.candidates * args.iterations, 1) if shooting else (args.candidates, args.iterations)
     for _ in range(rounds):
-        # Algorithm 2: J sequences a ~ N(μ, σ²); R = Σ_t E[p(r_t|s_t)] along one sampled prediction of each
+        # Algorithm 2: J sequences a ~ N(μ, σ²); R = Σ_t E[p(r_t|s_t)] along one prediction of each
         sequences = (mean + std * torch.randn(n, *mean.shape, device=h.device)).clamp(-1, 1)
-        states = world.rssm.unroll(h.expand(n, -1), z.expand(n, -1), sequences)
+        states = world.rssm.unroll(h.expand(n, -1), z.expand(n, -1), sequences, sample=args.sampled_plans)
         returns = world.reward(world.rssm.features(states)).sum(1)
         elites = sequences[returns.topk(1 if shooting else args.elites).indices]
         # the next μ and σ are those of the K best
@@ -410,7 +412,7 @@ def draw_plan(agent: Agent, replay: "SequenceReplay", step: int) -> Figure:
     x = world.normalise(batch.obs)
     states = world.rssm.unroll(*world.rssm.start(1), batch.action[:, :seen], world.encode(x[:, :seen]))
     actions = plan(world, states.h[:, -1], states.z[:, -1], agent.actions, agent.args)[None].clone()
-    ahead = world.rssm.features(world.rssm.unroll(states.h[:, -1], states.z[:, -1], actions))
+    ahead = world.rssm.features(world.rssm.unroll(states.h[:, -1], states.z[:, -1], actions, sample=False))
     rows = slice(seen, seen + actions.shape[1])
     truth, model = x[0, rows].cpu(), world.decode(ahead)[0].cpu()
     pairs = [("reward", batch.reward[0, rows].cpu(), world.reward(ahead)[0].cpu() / agent.args.reward_scale)]

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 planet = module("planet")
-ARGS = planet.Args(deter_size=5, stoch_size=3, units=7, dense_units=6, depth=2, horizon=4, candidates=20, elites=5,
+ARGS = planet.Args(deter_size=5, stoch_size=3, units=6, depth=2, horizon=4, candidates=20, elites=5,
                    iterations=2, device="cpu")  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_overshooting_predicts_d_steps_from_each_row(record):
 
 
 def test_fresh_networks_follow_the_official_code():
-    agent, _ = agent_of(noise=0, units=200, deter_size=200, dense_units=300)
+    agent, _ = agent_of(noise=0, units=200, deter_size=200)
     rssm = agent.world.rssm
     for weight in (rssm.gru.weight_hh, rssm.gru_in.weight, rssm.prior_net[0].weight, agent.world.reward_head[2].weight):
         edge = (6 / sum(weight.shape)) ** 0.5
@@ -151,8 +151,9 @@ class Known:
     def __init__(self, goal, noise=0.0):
         self.goal, self.noise, self.rssm, self.seen = goal, noise, self, []
 
-    def unroll(self, h, z, actions, embedded=None):
+    def unroll(self, h, z, actions, sample):
         self.seen.append(actions)
+        self.sampled = sample
         z = z[:, None] + actions.cumsum(1)
         return planet.State(h[:, None].expand(-1, z.shape[1], -1), z, z, z)
 
@@ -190,13 +191,19 @@ def test_one_round_of_the_search_against_a_loop():
         best = sequences[np.argsort(returns)[-4:]]
         mean, std = best.mean(0), np.sqrt(best.var(0) + 1e-6)
     assert found.numpy() == pytest.approx(mean, abs=1e-5)  # the mean, not the best sequence
+    assert not world.sampled
+    planet.plan(world, torch.zeros(1, 5), torch.zeros(1, 1), 1, replace(args, sampled_plans=True))
+    assert world.sampled
+    rssm = agent_of()[0].world.rssm
+    ahead = rssm.unroll(*rssm.start(2), torch.rand(2, 3, 2), sample=False)
+    assert torch.equal(ahead.z, ahead.mean)
 
 
 def test_shooting_takes_the_best_of_as_many_sequences():
     world, args = Known(1.0), replace(ARGS, planner="shooting", candidates=30, iterations=3)
     found = planet.plan(world, torch.zeros(1, 5), torch.zeros(1, 1), 1, args)
     (sequences,) = world.seen
-    returns = world.reward(world.unroll(torch.zeros(90, 5), torch.zeros(90, 1), sequences).z).sum(1)
+    returns = world.reward(world.unroll(torch.zeros(90, 5), torch.zeros(90, 1), sequences, True).z).sum(1)
     assert len(sequences) == 90 and torch.equal(found, sequences[returns.argmax()])
 
 

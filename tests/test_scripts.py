@@ -39,7 +39,7 @@ TINY = {
     # An update has 200 steps, in which episodes are half over.
     "icm": "--env-id CuriousMaze-v0 --envs 2 --horizon 100 --hidden 16 --model-hidden 16 --feature-size 8 --epochs 1",
     "planet": "--action-repeat 1 --random-steps 100 --updates 2 --batch-size 4 --batch-length 8 --horizon 3 "
-    "--deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --candidates 4 --elites 2 --iterations 2 "
+    "--deter-size 8 --stoch-size 4 --units 8 --depth 2 --candidates 4 --elites 2 --iterations 2 "
     "--free-nats 0 --overshooting 3",
     "dreamer_v1": "--action-repeat 1 --random-steps 100 --train-every 40 --pretrain 2 --batch-size 4 --batch-length 8 "
     "--horizon 3 --deter-size 8 --stoch-size 4 --units 8 --depth 2 --dense-units 8 --free-nats 0 --ends",
