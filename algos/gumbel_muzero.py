@@ -32,7 +32,7 @@ Two players are one player with −γ: rewards and values are those of the playe
 player is bad for this one. Neither search nor replay nor loss needs to know whose move it is.
 
 Usage (return: mean and 95 % interval over seeds; docs/gumbel_muzero.md has the curves):
-    python algos/gumbel_muzero.py                             # return 500
+    python algos/gumbel_muzero.py                             # return 500 [500, 500]
     python algos/gumbel_muzero.py tictactoe --simulations 4   # not measured yet
     python algos/gumbel_muzero.py connect4                    # not measured yet
     python algos/gumbel_muzero.py --evaluate runs/NAME --episodes 10 --capture-video

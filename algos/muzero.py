@@ -30,7 +30,7 @@ Two players are one player with −γ: rewards and values are those of the playe
 player is bad for this one. Neither search nor replay nor loss needs to know whose move it is.
 
 Usage (return: mean and 95 % interval over seeds; docs/muzero.md has the curves):
-    python algos/muzero.py                                    # 12.3 minutes, return 500
+    python algos/muzero.py                                    # return 500 [500, 500]
     python algos/muzero.py tictactoe                          # not measured yet
     python algos/muzero.py --env-id Acrobot-v1 --reanalyze 0
     python algos/muzero.py --evaluate runs/NAME --episodes 10 --capture-video
