@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import module
+from helpers import checkpoint, module
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import OneHotCategoricalStraightThrough
@@ -409,7 +409,7 @@ def test_a_run_updates_as_often_as_the_ratio_says(tmp_path, monkeypatch):
     flags += "--batch-length 4 --episodes 1 --eval-every 5000 --picture-every 5000 --size tiny --device cpu"
     dreamer.main([*flags.split(), "--run-dir", str(tmp_path / "run")])
     trained = [x for x in seen if x.obs.shape[:2] == (4, 4)]
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = checkpoint(tmp_path / "run")
     assert len(trained) == state["agent"]["updates"] == 63  # an eighth of an update for each step from 100 to 599
     assert state["optimizer"]["param_groups"][0]["lr"] == 2e-4 and state["replay"]["size"] == 603
     rows = state["replay"]["rows"]

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import module
+from helpers import checkpoint, module
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -257,7 +257,7 @@ def test_a_run_updates_c_times_before_each_episode(tmp_path, monkeypatch):
     planet.main([*flags.split(), "--run-dir", str(tmp_path / "run")])
     # Episodes have 200 steps; the first two are random, because 300 steps end within the second.
     assert len(seen) == 3 * 4 and seen[0][0] == (4, 8, 3)
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = checkpoint(tmp_path / "run")
     rows = state["replay"]["rows"]["obs"]
     assert len(rows) == 6 * 101 and torch.allclose(seen[0][1], rows[: 2 * 101 + 1].std(0, correction=0), atol=1e-4)
     assert state["agent"]["updates"] == 12 and rows[:, 2].abs().max() > 1

@@ -16,7 +16,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TABULAR, TRAINED, differences, leaves, module, scalars, tags_on_page
+from helpers import ROOT, TABULAR, TRAINED, checkpoint, differences, leaves, module, scalars, tags_on_page
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -69,10 +69,6 @@ def run(name, flags, run_dir):
 def resume(name, run_dir, flags=""):
     module(name).main(["--resume", str(run_dir), *flags.split()])
     return checkpoint(run_dir)
-
-
-def checkpoint(run_dir):
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
 def learned(state):
@@ -226,7 +222,7 @@ def test_your_own_environment(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     task = "Choice-v0" if name in TOGETHER | {"dreamer_v2"} else "Own-v0"
-    vector = "--obs vector" if "dreamer" in name or name == "planet" else ""
+    vector = "--obs vector" if "dreamer" in name else ""
     with pytest.warns(UserWarning, match="no time limit"):
         after = run(name, f"--env-id own_task:{task} --total-timesteps 300 {vector}", tmp_path / "run")
     assert after["step"] == (400 if name in TOGETHER else 300)
