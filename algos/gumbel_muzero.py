@@ -273,8 +273,8 @@ class Agent(nn.Module):
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    x = np.exp(x - x.max(1, keepdims=True))
-    return x / x.sum(1, keepdims=True)
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
 
 
 class Tree:
@@ -282,13 +282,13 @@ class Tree:
 
     def __init__(self, roots: int, simulations: int, actions: int):
         shape = roots, simulations + 1, actions
-        self.visits, self.q, self.logits, self.reward = (np.zeros(shape) for _ in range(4))
-        self.child, self.value = np.full(shape, -1), np.zeros(shape[:2])
+        self.visits, self.q, self.logits, self.prior, self.reward, self.sigma = (np.zeros(shape) for _ in range(6))
+        self.child, self.value, self.choice = np.full(shape, -1), np.zeros(shape[:2]), np.zeros(shape[:2], int)
 
 
 def sigma(tree: Tree, trees: np.ndarray, nodes: np.ndarray, args: Args) -> np.ndarray:
     """[b, A]: σ(completed Q) of some nodes."""
-    n, q, prior = tree.visits[trees, nodes], tree.q[trees, nodes], softmax(tree.logits[trees, nodes])
+    n, q, prior = tree.visits[trees, nodes], tree.q[trees, nodes], tree.prior[trees, nodes]
     seen, total = n > 0, n.sum(1, keepdims=True)
     # Eq. 33: v_mix = (v̂ + Σ_b N(b) Σ_{N(b)>0} π(b) q(b) / Σ_{N(b)>0} π(b)) / (1 + Σ_b N(b))
     mean = (prior * seen * q).sum(1, keepdims=True) / np.maximum((prior * seen).sum(1, keepdims=True), 1e-30)
@@ -301,15 +301,15 @@ def sigma(tree: Tree, trees: np.ndarray, nodes: np.ndarray, args: Args) -> np.nd
     return (args.c_visit + n.max(1, keepdims=True)) * args.c_scale * completed
 
 
-def improved_policy(tree: Tree, trees: np.ndarray, nodes: np.ndarray, args: Args) -> np.ndarray:
+def improved_policy(tree: Tree, trees: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     """Eq. 11: π' = softmax(logits + σ(completed Q))"""
-    return softmax(tree.logits[trees, nodes] + sigma(tree, trees, nodes, args))
+    return softmax(tree.logits[trees, nodes] + tree.sigma[trees, nodes])
 
 
-def interior(tree: Tree, trees: np.ndarray, nodes: np.ndarray, args: Args) -> np.ndarray:
+def interior(tree: Tree, trees: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     """Eq. 14: argmax π'(a) − N(a) / (1 + Σ_b N(b)), so that the visits approach π'."""
     n = tree.visits[trees, nodes]
-    return (improved_policy(tree, trees, nodes, args) - n / (1 + n.sum(1, keepdims=True))).argmax(1)
+    return (improved_policy(tree, trees, nodes) - n / (1 + n.sum(1, keepdims=True))).argmax(1)
 
 
 @cache  # each search asks for the same few schedules
@@ -340,12 +340,13 @@ class Search(NamedTuple):
 def search(agent: Agent, obs: np.ndarray, noise: bool = False) -> Search:
     """Step (1): simulations from all roots [B, ...] at the same time."""
     args, roots = agent.args, np.arange(len(obs))
-    root, tree = roots * 0, Tree(len(obs), args.simulations, agent.actions)
-    parent, action = roots * 0, roots * 0  # the edge that simulation i expands
+    tree = Tree(len(obs), args.simulations, agent.actions)
+    parent = roots * 0  # the node that simulation i expands
     s = agent.representation(agent.tensor(obs))
     states = s.new_empty(args.simulations + 1, *s.shape)  # node i of all trees
     states[0], (logits, guess, _), legal = s, agent.numbers(s), agent.legal(obs)
     tree.logits[:, 0], tree.value[:, 0], value_sum = np.where(legal, logits, -1e9), guess, guess.copy()
+    tree.prior[:, 0] = softmax(tree.logits[:, 0])
     # Gumbel-top-k: the k largest g + logits are a sample of k actions without replacement
     scores = tree.logits[:, 0].copy()
     if noise:
@@ -356,34 +357,37 @@ def search(agent: Agent, obs: np.ndarray, noise: bool = False) -> Search:
     for i in range(1, args.simulations + 1):
         # Selection: at the root by sequential halving, below it by Eq. 14, down to an edge that leads to no node yet
         now = tree.visits[:, 0] == due[:, i - 1 : i]
-        actions = np.where(now, scores + sigma(tree, roots, root, args), -np.inf).argmax(1)
-        path, trees, nodes = [], roots, root
+        tree.choice[:, 0] = np.where(now, scores + tree.sigma[:, 0], -np.inf).argmax(1)
+        path, trees, nodes = [], roots, roots * 0
         while len(trees):
-            actions = interior(tree, trees, nodes, args) if path else actions
-            path.append((trees, nodes, actions))
-            parent[trees], action[trees] = nodes, actions
-            nodes = tree.child[trees, nodes, actions]
+            path.append((trees, nodes, tree.choice[trees, nodes]))
+            parent[trees], nodes = nodes, tree.child[path[-1]]
             trees, nodes = trees[nodes >= 0], nodes[nodes >= 0]
+        action = tree.choice[roots, parent]
         # Expansion
         before = states[torch.from_numpy(parent), torch.from_numpy(roots)]
         states[i] = agent.dynamics(before, torch.from_numpy(action).to(s.device))
         tree.logits[:, i], value, tree.reward[roots, parent, action] = agent.numbers(states[i])
-        tree.value[:, i], tree.child[roots, parent, action] = value, i
+        tree.prior[:, i], tree.value[:, i] = softmax(tree.logits[:, i]), value
+        tree.child[roots, parent, action], tree.choice[:, i] = i, tree.prior[:, i].argmax(1)
         # Backup: G^{k−1} = r_k + γ G^k
         returns = []
-        for trees, nodes, actions in reversed(path):
-            value[trees] = tree.reward[trees, nodes, actions] + agent.gamma * value[trees]
-            returns.append(value[trees])
+        for edges in reversed(path):
+            value[edges[0]] = tree.reward[edges] + agent.gamma * value[edges[0]]
+            returns.append(value[edges[0]])
         # q = (N q + G) / (N + 1), N = N + 1, for all edges of the paths
-        edges = tuple(map(np.concatenate, zip(*reversed(path), strict=True)))
+        edges = trees, nodes, _ = tuple(map(np.concatenate, zip(*reversed(path), strict=True)))
         tree.visits[edges] += 1
         tree.q[edges] += (np.concatenate(returns) - tree.q[edges]) / tree.visits[edges]
         value_sum += value
+        # Only in these nodes has the choice of the next simulation changed
+        tree.sigma[trees, nodes] = sigma(tree, trees, nodes, args)
+        tree.choice[trees, nodes] = interior(tree, trees, nodes)
     # The action that is left: the best of the most visited ones
     left = tree.visits[:, 0] == tree.visits[:, 0].max(1, keepdims=True)
-    action = np.where(left, scores + sigma(tree, roots, root, args), -np.inf).argmax(1)
-    policy, prior = improved_policy(tree, roots, root, args), softmax(tree.logits[:, 0])
-    return Search(action, policy, value_sum / (args.simulations + 1), prior, guess, tree)
+    action = np.where(left, scores + tree.sigma[:, 0], -np.inf).argmax(1)
+    policy = improved_policy(tree, roots, roots * 0)
+    return Search(action, policy, value_sum / (args.simulations + 1), tree.prior[:, 0], guess, tree)
 
 
 # ── The algorithm: learning ───────────────────────────────────────────────────────────────────────────────────────
